@@ -1,0 +1,282 @@
+"""The Batch-Channel Normalization layer."""
+
+import logging
+import warnings
+from typing import Optional
+
+import torch
+from mmengine.logging import print_log
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..ops import (
+    RecentEstimates,
+    batch_channel_norm,
+    check_num_groups,
+    default_num_groups,
+)
+
+
+@MODELS.register_module()
+class BCN(nn.GroupNorm):
+    r"""Batch-Channel Normalization, ``norm_cfg=dict(type='BCN')``.
+
+    A batch stage, which normalizes every channel with running estimates
+    (``estimate=True``, for micro-batches) or as BatchNorm does
+    (``estimate=False``, for large batches), followed by a channel stage, which
+    normalizes groups of channels within each sample. For the definition see
+    :func:`bcn_mm.ops.batch_channel_norm`. Source: arXiv:1911.09738 and
+    arXiv:1903.10520v2.
+
+    It is an ``nn.GroupNorm`` to every tool that asks (weight decay,
+    ``init_cfg`` by layer type, mmcv's ``is_norm``), whose ``weight`` and
+    ``bias`` are those of the channel stage, one per group; it is no
+    ``_BatchNorm``, so mmdet's ``norm_eval=True`` does not stop its estimates. Attributes that hold it are
+    named as BatchNorm's (``bn1``), and the state of an ``nn.BatchNorm2d``
+    loads into the batch stage, leaving the channel stage at identity. The
+    authors' layout loads too (``weight`` and ``bias`` of shape (1, G, 1)
+    beside ``bn.*`` or ``pbn.*``).
+
+    Args:
+        num_features (int): The number of channels C.
+        num_groups (int, optional): The number of groups G of the channel
+            stage, a divisor of C. Default: None, which takes 32 groups where
+            that leaves at least two channels in each, else fewer (see
+            :func:`bcn_mm.ops.default_num_groups`).
+        eps (float): Added to both variances. Default: 1e-5.
+        momentum (float, optional): The rate r in [0, 1] at which estimates
+            move; None for the cumulative average. Default: 0.1.
+        affine (bool): Whether both stages have learnable affine parameters.
+            Default: True.
+        estimate (bool): Whether the batch stage uses running estimates in
+            training too. Default: True.
+        device (torch.device, optional): Of parameters and buffers.
+        dtype (torch.dtype, optional): Likewise.
+
+    Shape:
+        - Input: (N, C, *spatial) with 0 to 3 spatial dimensions, N and the
+          spatial size may be 0 or 1.
+        - Output: the shape, dtype and memory layout of the input.
+
+    Attributes:
+        weight, bias: (G), the affine pair of the channel stage.
+        batch_weight, batch_bias: (C), the affine pair of the batch stage.
+        running_mean, running_var: (C), the estimates; start at 0 and 1.
+        num_batches_tracked: training passes seen, an int64 scalar.
+
+    Raises:
+        ValueError: if ``num_groups`` does not divide ``num_features``, or
+            ``momentum`` or ``eps`` is out of range.
+
+    Example:
+        >>> layer = BCN(64)
+        >>> layer(torch.randn(1, 64, 8, 8)).shape
+        torch.Size([1, 64, 8, 8])
+    """
+
+    _abbr_ = 'bn'
+
+    def __init__(
+        self,
+        num_features: int,
+        num_groups: Optional[int] = None,
+        eps: float = 1e-5,
+        momentum: Optional[float] = 0.1,
+        affine: bool = True,
+        estimate: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        if num_features < 1:
+            raise ValueError(
+                f'num_features must be positive, but got {num_features}'
+            )
+        if num_groups is None:
+            num_groups = default_num_groups(num_features)
+        check_num_groups(num_groups, num_features)
+        if num_groups == num_features > 1:
+            warnings.warn(
+                f'num_groups={num_groups} puts every channel in a group of '
+                f'its own: the channel stage then cancels the batch stage and '
+                f'BCN is InstanceNorm; choose a smaller num_groups',
+                stacklevel=2,
+            )
+        if momentum is not None and not 0 <= momentum <= 1:
+            raise ValueError(
+                f'momentum must be in [0, 1] or None, but got {momentum}'
+            )
+        if not eps > 0:
+            raise ValueError(f'eps must be positive, but got {eps}')
+        super().__init__(num_groups, num_features, eps=eps, affine=False)
+        self.momentum = momentum
+        self.estimate = estimate
+        self.affine = affine
+        factory = dict(device=device, dtype=dtype)
+        for name, size in (
+            ('weight', num_groups),
+            ('bias', num_groups),
+            ('batch_weight', num_features),
+            ('batch_bias', num_features),
+        ):
+            self.register_parameter(
+                name,
+                nn.Parameter(torch.empty(size, **factory)) if affine else None,
+            )
+        self.register_buffer(
+            'running_mean', torch.empty(num_features, **factory)
+        )
+        self.register_buffer(
+            'running_var', torch.empty(num_features, **factory)
+        )
+        self.register_buffer(
+            'num_batches_tracked',
+            torch.empty((), dtype=torch.long, device=device),
+        )
+        self._recent = RecentEstimates()
+        self.reset_parameters()
+
+    @property
+    def num_features(self) -> int:
+        """int: The number of channels, by BatchNorm's name for it."""
+        return self.num_channels
+
+    def reset_running_stats(self) -> None:
+        """Set the estimates to mean 0 and variance 1."""
+        self.running_mean.zero_()
+        self.running_var.fill_(1)
+        self.num_batches_tracked.zero_()
+
+    def reset_parameters(self) -> None:
+        """Set both stages to identity and the estimates to their start."""
+        if not hasattr(self, 'running_mean'):
+            return  # called by nn.GroupNorm's constructor
+        self.reset_running_stats()
+        if self.affine:
+            nn.init.ones_(self.weight)
+            nn.init.zeros_(self.bias)
+            nn.init.ones_(self.batch_weight)
+            nn.init.zeros_(self.batch_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize ``x``; in training mode move the estimates first."""
+        return batch_channel_norm(
+            x,
+            self.num_groups,
+            self.running_mean,
+            self.running_var,
+            self.batch_weight,
+            self.batch_bias,
+            self.weight,
+            self.bias,
+            training=self.training,
+            estimate=self.estimate,
+            momentum=self.momentum,
+            eps=self.eps,
+            num_batches_tracked=self.num_batches_tracked,
+            recent=self._recent,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f'{self.num_channels}, num_groups={self.num_groups}, '
+            f'eps={self.eps}, momentum={self.momentum}, '
+            f'affine={self.affine}, estimate={self.estimate}'
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
+    ):
+        source = self._adopt(state_dict, prefix)
+        if source and _log_once.is_new(missing_keys):
+            print_log(
+                f'BCN: the checkpoint is in {source}; reading it into the '
+                f'stages of every BCN layer that it has a norm for',
+                logger='current',
+                level=logging.INFO,
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+    def _adopt(self, state_dict, prefix) -> Optional[str]:
+        """Rename what another layout holds for this layer, in place.
+
+        Returns:
+            str, optional: The name of that layout; None if the state is in
+            this layer's own, or in none that it knows.
+        """
+        has = lambda name: prefix + name in state_dict  # noqa: E731
+        if has('batch_weight'):
+            return None
+        for inner in ('bn.', 'pbn.'):
+            if has(inner + 'running_mean'):
+                source = "the authors' layout"
+                for name in ('weight', 'bias'):
+                    if has(name) and state_dict[prefix + name].dim() == 3:
+                        state_dict[prefix + name] = state_dict[
+                            prefix + name
+                        ].flatten()
+                    if has(inner + name):
+                        state_dict[f'{prefix}batch_{name}'] = state_dict.pop(
+                            prefix + inner + name
+                        )
+                for name in (
+                    'running_mean',
+                    'running_var',
+                    'num_batches_tracked',
+                ):
+                    if has(inner + name):
+                        state_dict[prefix + name] = state_dict.pop(
+                            prefix + inner + name
+                        )
+                break
+        else:
+            if not has('running_mean'):
+                return None
+            source = (
+                "BatchNorm's layout (its channel stage starts at identity)"
+            )
+            for name, value in (('weight', 1.0), ('bias', 0.0)):
+                if has(name) and self.affine:
+                    own = getattr(self, name)
+                    state_dict[f'{prefix}batch_{name}'] = state_dict.pop(
+                        prefix + name
+                    )
+                    state_dict[prefix + name] = torch.full_like(own, value)
+        if not has('num_batches_tracked'):
+            state_dict[prefix + 'num_batches_tracked'] = torch.zeros(
+                (), dtype=torch.long
+            )
+        return source
+
+
+class _OncePerLoad:
+    """Tells the first layer of one ``load_state_dict`` from the others.
+
+    All layers of one call are handed the same list of missing keys, and no
+    two calls are while that list is referenced.
+    """
+
+    def __init__(self) -> None:
+        self._keys = None
+
+    def is_new(self, missing_keys: list) -> bool:
+        new = self._keys is not missing_keys
+        self._keys = missing_keys
+        return new
+
+
+_log_once = _OncePerLoad()

@@ -1,0 +1,111 @@
+"""Weight-standardized convolutions."""
+
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+
+from ..ops import check_dialect, standardize_weight
+
+_METADATA = 'ws_dialect'
+
+
+class _WSConv:
+    """What the three convolutions share; a mixin for ``nn.ConvNd``."""
+
+    def __init__(
+        self, *args, eps: float = 1e-5, dialect: str = 'std', **kwargs
+    ) -> None:
+        check_dialect(dialect)
+        super().__init__(*args, **kwargs)
+        if self.weight[0].numel() < 2:
+            raise ValueError(
+                f'{type(self).__name__}: a filter of one weight (in_channels='
+                f'{self.in_channels}, groups={self.groups}, kernel_size='
+                f'{self.kernel_size}) would be standardized to zero; use a '
+                f'plain convolution there'
+            )
+        self.eps = eps
+        self.dialect = dialect
+
+    def standardized_weight(self) -> Tensor:
+        """The weight that the convolution is computed with."""
+        return standardize_weight(self.weight, self.eps, self.dialect)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve ``x`` with the standardized weight."""
+        return self._conv_forward(x, self.standardized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f'{super().extra_repr()}, eps={self.eps}, dialect={self.dialect!r}'
+        )
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # beside the version, which torch and mmengine both put there
+        destination._metadata[prefix[:-1]][_METADATA] = self.dialect
+
+    def _load_from_state_dict(
+        self,
+        state_dict,
+        prefix,
+        local_metadata,
+        strict,
+        missing_keys,
+        unexpected_keys,
+        error_msgs,
+    ):
+        trained = local_metadata.get(_METADATA, self.dialect)
+        if trained != self.dialect:
+            error_msgs.append(
+                f'{prefix[:-1]}: the checkpoint was trained with weight '
+                f'standardization dialect={trained!r}, this layer has '
+                f'dialect={self.dialect!r}'
+            )
+        super()._load_from_state_dict(
+            state_dict,
+            prefix,
+            local_metadata,
+            strict,
+            missing_keys,
+            unexpected_keys,
+            error_msgs,
+        )
+
+
+@MODELS.register_module()
+class WSConv1d(_WSConv, nn.Conv1d):
+    """``nn.Conv1d`` with Weight Standardization; see :class:`WSConv2d`."""
+
+
+@MODELS.register_module()
+class WSConv2d(_WSConv, nn.Conv2d):
+    """``nn.Conv2d`` with Weight Standardization, ``dict(type='WSConv2d')``.
+
+    Every filter is standardized to mean 0 and deviation 1 before it is used;
+    the parameters are those of ``nn.Conv2d``, so checkpoints of plain
+    convolutions and of mmcv's ``ConvWS`` load. Which dialect a model was
+    trained with travels in the state dict's metadata, and loading it into a
+    layer of another dialect is reported as a mismatch.
+
+    Source: arXiv:1903.10520v2; see :func:`bcn_mm.ops.standardize_weight`.
+
+    Args:
+        *args, **kwargs: Those of ``nn.Conv2d``.
+        eps (float): Of the standardization. Default: 1e-5.
+        dialect (str): ``'std'`` (mmcv, the authors' detection and DeepLab
+            code), ``'var'`` (the authors' ImageNet code) or ``'biased_var'``
+            (timm, Big Transfer). Default: ``'std'``.
+
+    Raises:
+        ValueError: if the dialect is unknown or a filter has one weight only.
+
+    Example:
+        >>> conv = WSConv2d(3, 8, 3, padding=1)
+        >>> conv(torch.randn(1, 3, 5, 5)).shape
+        torch.Size([1, 8, 5, 5])
+    """
+
+
+@MODELS.register_module()
+class WSConv3d(_WSConv, nn.Conv3d):
+    """``nn.Conv3d`` with Weight Standardization; see :class:`WSConv2d`."""

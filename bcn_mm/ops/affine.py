@@ -1,0 +1,186 @@
+"""The passes over full-size tensors that every operator here is made of.
+
+A normalization whose statistics are known is ``y = A x + B`` with one pair
+``(A, B)`` per row, a row being one (sample, channel). Three passes suffice:
+:func:`moments` reads ``x``, :func:`apply` reads ``x`` and writes ``y``, and
+:func:`reduce` reads ``dy`` and ``x``. Everything between them works on
+``(N, C)`` tensors.
+
+Tensors are ``(N, C, *spatial)``, contiguous or channels-last (:func:`dense`
+makes any other layout contiguous); results keep the layout of ``x``.
+"""
+
+from typing import Tuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+# Rows whose squared mean exceeds this many variances get their variance from
+# centred values; below it the sum of squares loses at most three bits.
+_CANCELLATION = 4.0
+# Elements that such a repair may copy at once (1 MiB of float32).
+_REPAIR_ELEMENTS = 1 << 18
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of statistics: float64 for float64 input, else float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return ``x`` itself if contiguous or channels-last, else a copy."""
+    if x.is_contiguous() or _is_channels_last(x):
+        return x
+    return x.contiguous()
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.dim() == 4:
+        return x.is_contiguous(memory_format=torch.channels_last)
+    if x.dim() == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d)
+    return False
+
+
+def like(t: Tensor, x: Tensor) -> Tensor:
+    """Return ``t`` in the layout of the dense tensor ``x``."""
+    if x.is_contiguous():
+        return t.contiguous()
+    fmt = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return t.contiguous(memory_format=fmt)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """View a dense tensor as (N, C, L)."""
+    return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
+
+
+def _rows(x: Tensor):
+    """View ``x`` with all its rows in dimension 1, or None if no view can.
+
+    The native batch-norm kernels then see each row as a channel of its own.
+    """
+    if x.is_contiguous():
+        return x.view(1, x.shape[0] * x.shape[1], -1)
+    return x if x.shape[0] == 1 and x.dim() == 4 else None
+
+
+def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
+    """Mean and biased variance of every row.
+
+    Args:
+        x (Tensor): Dense, of shape (N, C, *spatial) with L > 0 spatial
+            elements, any floating dtype.
+
+    Returns:
+        tuple[Tensor, Tensor]: mean and variance, each (N, C), float64 for
+        float64 input and float32 otherwise. Their error does not grow with
+        ``|mean| / std``.
+    """
+    x = _flat(x)
+    dtype = compute_dtype(x)
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        var, mean = torch.var_mean(x.to(dtype), dim=2, correction=0)
+        return mean, var
+    # On the CPU two vectorized reductions beat var_mean twentyfold; where
+    # their difference would cancel, the few rows concerned are done again.
+    length = x.shape[2]
+    mean = x.sum(dim=2, dtype=dtype).div_(length)
+    norm = torch.linalg.vector_norm(x, dim=2, dtype=dtype)
+    square = mean * mean
+    var = norm.mul_(norm).div_(length).sub_(square)
+    cancelled = square > _CANCELLATION * var
+    if cancelled.any():
+        for index in cancelled.nonzero().split(
+            max(1, _REPAIR_ELEMENTS // length)
+        ):
+            n, c = index.unbind(1)
+            rows = x[n, c].to(dtype)
+            shift = rows.mean(dim=1, keepdim=True)
+            rows = rows - shift
+            rest = rows.mean(dim=1)
+            mean[n, c] = shift.squeeze(1) + rest
+            var[n, c] = (
+                torch.linalg.vector_norm(
+                    rows - rest.unsqueeze(1), dim=1
+                ).square()
+                / length
+            )
+    return mean, var
+
+
+def apply(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Return the fresh tensor ``scale * x + shift``, row by row.
+
+    Args:
+        x (Tensor): Dense, of shape (N, C, *spatial).
+        scale (Tensor): (N, C), in :func:`compute_dtype` of ``x``.
+        shift (Tensor): likewise.
+
+    Returns:
+        Tensor: of the shape, dtype and layout of ``x``.
+    """
+    rows = _rows(x)
+    if rows is None:
+        y = torch.empty_like(x)
+        torch.addcmul(
+            shift.unsqueeze(2), _flat(x), scale.unsqueeze(2), out=_flat(y)
+        )
+        return y
+    zero, one = _identity(scale)
+    y = _aten.native_batch_norm(
+        rows, scale.flatten(), shift.flatten(), zero, one, False, 0.0, 0.0
+    )[0]
+    # not .view(): autograd forbids in-place use (a ReLU, say) of a view that
+    # was made inside a Function
+    return y if rows is x else _aten._unsafe_view(y, x.shape)
+
+
+def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
+    """Row sums of ``dy`` and of ``dy * (x - mean)``.
+
+    Args:
+        dy (Tensor): (N, C, *spatial), in the layout of ``x``.
+        x (Tensor): Dense, of the same shape.
+        mean (Tensor): (N, C), in :func:`compute_dtype` of ``x``.
+
+    Returns:
+        tuple[Tensor, Tensor]: two (N, C) tensors of the dtype of ``mean``.
+    """
+    rows = _rows(x)
+    if rows is None:
+        dy, x = _flat(dy), _flat(x)
+        return (
+            dy.sum(dim=2, dtype=mean.dtype),
+            (x - mean.unsqueeze(2)).mul_(dy).sum(dim=2),
+        )
+    _, one = _identity(mean)
+    _, centred, plain = _aten.native_batch_norm_backward(
+        dy.view(rows.shape),
+        rows,
+        one,
+        mean.flatten(),
+        one,
+        None,
+        None,
+        False,
+        0.0,
+        [False, True, True],
+    )
+    return plain.view(mean.shape), centred.view(mean.shape)
+
+
+def apply_add(
+    dy: Tensor, x: Tensor, dy_scale: Tensor, x_scale: Tensor, shift: Tensor
+) -> Tensor:
+    """Return the fresh tensor ``dy_scale * dy + x_scale * x + shift``."""
+    out = apply(x, x_scale, shift)
+    _flat(out).addcmul_(_flat(dy), dy_scale.unsqueeze(2))
+    return out
+
+
+def _identity(like: Tensor) -> Tuple[Tensor, Tensor]:
+    """The running statistics (0, 1) that make a batch norm a plain affine."""
+    return like.new_zeros(like.numel()), like.new_ones(like.numel())

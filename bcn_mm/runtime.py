@@ -1,0 +1,195 @@
+"""What the tools share, and what the stack underneath needs in order to run.
+
+Importing ``bcn_mm`` calls :func:`allow_mmengine_checkpoints`, so that stock
+tools which import it through ``custom_imports`` read their own checkpoints.
+"""
+
+import os
+import pickle
+import re
+import sys
+from contextlib import contextmanager
+from typing import Iterator
+
+import numpy as np
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+
+_STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
+
+
+def _history_statistic(owner: object, name: str):
+    """Stands in for ``getattr`` in checkpoints, where mmengine's
+    ``HistoryBuffer`` pickles its own methods by name; anything else that a
+    file asks it for is refused."""
+    if owner is HistoryBuffer and name in _STATISTICS:
+        return getattr(HistoryBuffer, name)
+    raise pickle.UnpicklingError(
+        f'a checkpoint may not read the attribute {name!r} of {owner!r}'
+    )
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read mmengine's checkpoints.
+
+    They hold log histories and numpy scalars beside the weights. Only these
+    data types are allow-listed, under the names that numpy 1 and 2 write.
+    """
+    if not hasattr(torch.serialization, 'add_safe_globals'):
+        return  # an older torch, whose default is to load everything
+    multiarray = getattr(np, '_core', None) or np.core
+    multiarray = multiarray.multiarray
+    allowed = [HistoryBuffer, np.ndarray, np.dtype]
+    allowed.append((_history_statistic, 'builtins.getattr'))
+    for name in ('scalar', '_reconstruct'):
+        for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
+            allowed.append((getattr(multiarray, name), f'{module}.{name}'))
+    allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDU'}
+    torch.serialization.add_safe_globals(allowed)
+
+
+class InputError(Exception):
+    """Something that the user gave is wrong; the message says what to do."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an exception into one line on stderr and exit status 1.
+
+    For the part of a program that depends on what its user gave: arguments,
+    config, files. ``BCN_MM_TRACEBACK=1`` shows the whole traceback instead.
+    """
+    try:
+        yield
+    except Exception as e:
+        if os.environ.get('BCN_MM_TRACEBACK'):
+            raise
+        text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        text = ' '.join(text.split()) or type(e).__name__
+        if not isinstance(e, (InputError, ValueError, FileNotFoundError)):
+            text = f'{type(e).__name__}: {text}'
+        # straight to the descriptor: loggers may hold the streams
+        sys.stderr.flush()
+        print(
+            f'error: {text} (BCN_MM_TRACEBACK=1 shows where)', file=sys.stderr
+        )
+        sys.exit(1)
+
+
+def load_config(path: str, options: dict = None) -> Config:
+    """Read a config file and merge ``--cfg-options`` into it.
+
+    Raises:
+        InputError: if the file is missing, does not parse, or an option does
+            not fit it.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'config {path} does not exist')
+    try:
+        cfg = Config.fromfile(path)
+    except Exception as e:
+        raise InputError(
+            f'config {path} cannot be read: {type(e).__name__}: {e}'
+        ) from e
+    if options:
+        try:
+            cfg.merge_from_dict(options)
+        except Exception as e:
+            raise InputError(f'--cfg-options do not fit {path}: {e}') from e
+    return cfg
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a local checkpoint on the CPU, weights only.
+
+    Returns:
+        dict: the checkpoint; its ``state_dict`` is always present.
+
+    Raises:
+        InputError: if the file is missing, truncated, holds anything but
+            data, or holds no state dict.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'checkpoint {path} does not exist')
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r'GLOBAL ([\w.]+)|attribute .*', str(e))
+        what = f' ({found.group(0)})' if found else ''
+        raise InputError(
+            f'checkpoint {path} is damaged or holds more than weights{what} '
+            f'and was not loaded'
+        ) from e
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+        raise InputError(
+            f'checkpoint {path} is truncated or no checkpoint: '
+            f'{str(e).splitlines()[0]}'
+        ) from e
+    if not isinstance(checkpoint, dict):
+        raise InputError(
+            f'checkpoint {path} holds no state dict but a '
+            f'{type(checkpoint).__name__}'
+        )
+    if 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    return checkpoint
+
+
+def check_match(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
+    """Make sure that a checkpoint is one of exactly this model.
+
+    mmengine loads what fits and goes on with the rest as initialized, which
+    makes test metrics of a wrong pair of files look like a bad model.
+
+    Raises:
+        InputError: says how much matched, and the first tensor that did not.
+    """
+
+    def shapes(state):
+        return {
+            re.sub(r'^module\.', '', k): tuple(getattr(v, 'shape', ()))
+            for k, v in state.items()
+            if 'num_batches_tracked' not in k
+        }
+
+    own, given = shapes(model.state_dict()), shapes(checkpoint['state_dict'])
+    matched = sum(given.get(k) == shape for k, shape in own.items())
+    if matched == len(own) == len(given):
+        return
+    name = next(k for k in (*own, *given) if own.get(k) != given.get(k))
+    raise InputError(
+        f'checkpoint {path} is of another architecture: {matched} of the '
+        f"model's {len(own)} tensors match, out of {len(given)} in the file; "
+        f'the first that does not is {name} (model: '
+        f'{own.get(name, "absent")}, file: {given.get(name, "absent")})'
+    )
+
+
+def prepare_launch(cfg: Config) -> None:
+    """Let ``--launcher pytorch`` run without a GPU, on gloo.
+
+    mmengine's launcher selects a CUDA device unconditionally and its DDP
+    wrapper names one; a process group that is already up is left alone.
+    """
+    if cfg.launcher == 'none' or torch.cuda.is_available():
+        return
+    if cfg.launcher != 'pytorch':
+        raise InputError(
+            f'--launcher {cfg.launcher} needs a GPU; without one '
+            f'use torchrun and --launcher pytorch'
+        )
+    if 'RANK' not in os.environ:
+        raise InputError(
+            '--launcher pytorch is for torchrun, which sets RANK '
+            'and WORLD_SIZE; start the script with torchrun'
+        )
+    torch.distributed.init_process_group('gloo')
+    cfg.setdefault('model_wrapper_cfg', {})
+    for key, value in dict(
+        type='MMDistributedDataParallel',
+        device_ids=None,
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get('find_unused_parameters', False),
+    ).items():
+        cfg.model_wrapper_cfg.setdefault(key, value)

@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+# A COCO- and a Cityscapes-shaped folder, as the README describes.
+REAL_DATA = Path(
+    os.environ.get('BCN_MM_DATA', ROOT.parent / 'shared' / 'data')
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope='session')
+def real_data():
+    if not (REAL_DATA / 'coco').is_dir():
+        pytest.skip(
+            f'no real pictures: {REAL_DATA}/coco is missing; set BCN_MM_DATA '
+            'to a folder with coco/ and cityscapes/'
+        )
+    return REAL_DATA
+
+
+def run(*command, timeout=600, cwd=ROOT, **environment):
+    """Run a command of the user's; returns it with its output as text."""
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.fixture(scope='session')
+def python():
+    """Run a script with this interpreter and expect it to succeed."""
+
+    def call(*words, code=0, **kwargs):
+        done = run(sys.executable, *words, **kwargs)
+        assert done.returncode == code, done.stdout[-4000:]
+        return done.stdout
+
+    return call
+
+
+@pytest.fixture(scope='session')
+def shapes(tmp_path_factory, python):
+    """A few pictures of the quickstart's data set."""
+    folder = tmp_path_factory.mktemp('data') / 'shapes'
+    python(
+        'tools/dataset_converters/make_shapes.py',
+        folder, '--train', 12, '--val', 6, '--size', 96,
+    )  # fmt: skip
+    return folder

@@ -1,0 +1,489 @@
+"""BCN as a module: the edges, and what OpenMMLab's tools make of it."""
+
+import copy
+import logging
+import pickle
+import warnings
+
+import pytest
+import reference
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mmcv.cnn import build_norm_layer, is_norm
+from mmdet.registry import MODELS as MMDET
+from mmengine.model import constant_init, revert_sync_batchnorm
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from mmengine.runner import load_checkpoint
+from mmengine.runner.checkpoint import get_state_dict, load_state_dict
+from mmseg.registry import MODELS as MMSEG
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from bcn_mm import BCN, WSConv2d
+
+MODES = pytest.mark.parametrize('estimate', [True, False])
+NORM = dict(type='BCN')
+
+
+def estimates(layer):
+    return {k: v.clone() for k, v in layer.named_buffers()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def randomize(layer):
+    """Move every parameter and estimate away from its start."""
+    with torch.no_grad():
+        for name, p in layer.state_dict().items():
+            if p.is_floating_point():
+                p.copy_(torch.rand_like(p) + 0.5 if 'var' in name
+                        else torch.randn_like(p))  # fmt: skip
+    return layer
+
+
+def resnet(depth=18, **kwargs):
+    return MMDET.build(
+        dict(
+            type='mmdet.ResNet', depth=depth, base_channels=8, norm_cfg=NORM,
+            **kwargs,
+        )
+    )  # fmt: skip
+
+
+# -- the layer ---------------------------------------------------------------
+
+
+@MODES
+def test_layer_is_the_op_with_its_state(estimate):
+    layer = randomize(BCN(6, 2, momentum=0.3, estimate=estimate).double())
+    mean, var = layer.running_mean.clone(), layer.running_var.clone()
+    for training in (True, True, False):
+        layer.train(training)
+        x = torch.randn(2, 6, 4, 4, dtype=torch.double)
+        want, mean, var = reference.bcn(
+            x, 2, mean, var, layer.batch_weight, layer.batch_bias,
+            layer.weight, layer.bias, training, estimate, 0.3,
+        )  # fmt: skip
+        torch.testing.assert_close(layer(x), want)
+        torch.testing.assert_close(layer.running_mean, mean)
+        torch.testing.assert_close(layer.running_var, var)
+    assert layer.num_batches_tracked == 2
+
+
+@given(
+    shape=st.lists(st.integers(1, 4), max_size=3),
+    n=st.integers(1, 3),
+    channels=st.integers(1, 70),
+)
+def test_any_channel_count_and_dimension(shape, n, channels):
+    layer = BCN(channels)
+    x = torch.randn(n, channels, *shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape
+    assert torch.isfinite(y).all() and torch.isfinite(x.grad).all()
+
+
+@MODES
+def test_one_sample_one_position(estimate):
+    """DeepLab's image pooling at one image per step."""
+    layer = BCN(256, estimate=estimate)
+    x = torch.randn(1, 256, 1, 1, requires_grad=True)
+    layer(x).square().sum().backward()
+    for tensor in (x, *layer.parameters()):
+        assert torch.isfinite(tensor.grad).all()
+
+
+@MODES
+@pytest.mark.parametrize('shape', [(0, 8, 7, 7), (2, 8, 0, 4), (0, 8)])
+@pytest.mark.parametrize('dtype', [torch.float, torch.half])
+def test_empty_input(estimate, shape, dtype):
+    """A mask head without a positive RoI."""
+    layer = randomize(BCN(8, 2, estimate=estimate))
+    before = estimates(layer)
+    x = torch.randn(shape, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape and y.dtype == dtype
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    for p in layer.parameters():
+        assert torch.equal(p.grad, torch.zeros_like(p))
+    assert same(before, estimates(layer))
+
+
+@MODES
+@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
+def test_overflow_leaves_the_last_finite_estimates(estimate, bad):
+    layer = randomize(BCN(8, 2, estimate=estimate))
+    x = torch.randn(2, 8, 4, 4)
+    layer(x)
+    before = estimates(layer)
+    x[1, 3, 2, 2] = bad
+    layer(x)
+    after = estimates(layer)
+    for name in ('running_mean', 'running_var'):
+        assert torch.isfinite(after[name]).all()
+        assert after[name][3] == before[name][3]
+    layer(torch.randn(2, 8, 4, 4))
+    assert layer.running_mean[3] != before['running_mean'][3]
+
+
+def test_overflow_of_float16_buffers():
+    layer = BCN(4, 2, momentum=1.0).half()
+    layer(torch.full((1, 4, 2, 2), 1e3).half().mul_(torch.randn(4, 1, 1)))
+    assert torch.isfinite(layer.running_var).all()
+
+
+@MODES
+def test_no_host_synchronisation(estimate):
+    """On a device, nothing in a step depends on a value of a tensor.
+
+    Fake tensors have a device and no values: reading one raises.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        layer = BCN(8, 2, estimate=estimate, device='meta')
+        x = torch.randn(2, 8, 4, 4, device='meta', requires_grad=True)
+        layer(x).sum().backward()
+        assert x.grad.shape == x.shape
+
+
+@MODES
+def test_in_place_activation(estimate):
+    layer, relu = BCN(8, 2, estimate=estimate), nn.ReLU(inplace=True)
+    for n in (1, 2):
+        x = torch.randn(n, 8, 4, 4, requires_grad=True)
+        relu(layer(x)).sum().backward()
+        relu(layer(x.contiguous(memory_format=torch.channels_last))).sum()
+
+
+@MODES
+@pytest.mark.parametrize('n', [1, 2])
+def test_channels_last(estimate, n):
+    last = torch.channels_last
+    layer = BCN(8, 2, estimate=estimate)
+    x = torch.randn(n, 8, 4, 5).contiguous(memory_format=last)
+    leaf = x.requires_grad_()
+    y = layer(leaf)
+    assert y.is_contiguous(memory_format=last)
+    y.square().sum().backward()
+    assert leaf.grad.is_contiguous(memory_format=last)
+
+
+@MODES
+def test_evaluation_moves_nothing(estimate):
+    layer = randomize(BCN(8, 2, estimate=estimate)).eval()
+    before = estimates(layer)
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(layer(x), layer(x))
+    assert same(before, estimates(layer))
+
+
+def test_training_pass_between_forward_and_backward_of_another():
+    """Estimates are constants of the pass that used them."""
+    layer = BCN(8, 2, momentum=0.9)
+    x = torch.randn(1, 8, 4, 4, requires_grad=True)
+    want = torch.autograd.grad(copy.deepcopy(layer)(x).square().sum(), x)
+    y = layer(x)
+    layer(torch.randn(1, 8, 4, 4) * 9)
+    got = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(got[0], want[0])
+    layer.eval()
+    y = layer(x)
+    layer.train()(torch.randn(1, 8, 4, 4) * 9)
+    torch.autograd.grad(y.sum(), x)
+
+
+# -- activation checkpointing ------------------------------------------------
+
+
+def forward_backward(layers, inputs, wrap):
+    layers = copy.deepcopy(layers)
+    outs = [wrap(layers, x) for x in inputs]
+    loss = sum((y * (i + 1)).square().sum() for i, y in enumerate(outs))
+    loss.backward()
+    return [p.grad for p in layers.parameters()], list(layers.buffers())
+
+
+@MODES
+@pytest.mark.parametrize('reentrant', [True, False])
+@pytest.mark.parametrize('calls', [1, 5])
+def test_activation_checkpointing(estimate, reentrant, calls):
+    """Recomputation moves nothing and sees the first pass's estimates.
+
+    Five calls are a head shared by five pyramid levels of unlike statistics,
+    every level a checkpoint of its own.
+    """
+    layers = nn.Sequential(
+        nn.Conv2d(4, 8, 3), BCN(8, 2, estimate=estimate, momentum=0.5),
+        nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3),
+        BCN(8, 4, estimate=estimate, momentum=0.5),
+    ).double()  # fmt: skip
+    inputs = [
+        torch.randn(1, 4, 9 + i, 9, dtype=torch.double) * 2**i + i
+        for i in range(calls)
+    ]
+    plain = forward_backward(layers, inputs, lambda f, x: f(x))
+    inputs = [x.requires_grad_() for x in inputs]
+    recomputed = forward_backward(
+        layers, inputs,
+        lambda f, x: checkpoint(f, x, use_reentrant=reentrant),
+    )  # fmt: skip
+    for want, got in zip(plain, recomputed):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('estimate', [True, False])
+def test_with_cp_of_a_backbone(estimate):
+    """mmdet's own ``with_cp=True``."""
+    states = []
+    for with_cp in (False, True):
+        torch.manual_seed(1)
+        net = MMDET.build(
+            dict(
+                type='mmdet.ResNet', depth=18, base_channels=8,
+                norm_cfg=dict(NORM, estimate=estimate), with_cp=with_cp,
+                norm_eval=False,
+            )
+        )  # fmt: skip
+        net.double().train()
+        x = torch.randn(1, 3, 64, 64, dtype=torch.double, requires_grad=True)
+        sum(y.square().sum() for y in net(x)).backward()
+        states.append((estimates(net), {
+            n: p.grad for n, p in net.named_parameters()
+            if p.grad is not None
+        }))  # fmt: skip
+    torch.testing.assert_close(*states)
+
+
+def test_copies_and_pickles_start_without_memories():
+    layer = BCN(4, 2)
+    layer(torch.randn(1, 4, 2, 2))
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert same(estimates(twin), estimates(layer))
+        assert not twin._recent._passes and layer._recent._passes
+
+
+# -- a norm layer to every tool that asks ------------------------------------
+
+
+def test_construction_errors_and_warnings():
+    with pytest.raises(ValueError, match='num_groups=32.*48'):
+        BCN(48, num_groups=32)
+    with pytest.warns(UserWarning, match='InstanceNorm'):
+        BCN(8, num_groups=8)
+    for bad in (dict(momentum=1.5), dict(eps=0), dict(num_features=0)):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            BCN(**{'num_features': 8, **bad})
+    with pytest.raises(TypeError, match='momentun'):
+        build_norm_layer(dict(type='BCN', momentun=0.1), 8)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        BCN(1)
+        BCN(64)
+
+
+def test_defaults():
+    layer = BCN(256)
+    assert layer.num_groups == 32 and layer.eps == 1e-5
+    assert layer.num_features == layer.num_channels == 256
+    shapes = {k: tuple(v.shape) for k, v in layer.state_dict().items()}
+    assert shapes == dict(
+        weight=(32,), bias=(32,), batch_weight=(256,), batch_bias=(256,),
+        running_mean=(256,), running_var=(256,), num_batches_tracked=(),
+    )  # fmt: skip
+    assert '256, num_groups=32' in repr(layer)
+    assert not list(BCN(8, affine=False).parameters())
+    BCN(8, affine=False)(torch.randn(1, 8, 2, 2))
+
+
+@pytest.mark.parametrize('scope', [MODELS, MMDET, MMSEG])
+def test_registered_for_every_scope(scope):
+    with scope.switch_scope_and_registry(None):
+        name, layer = build_norm_layer(dict(NORM, requires_grad=False), 64, 1)
+    assert name == 'bn1' and type(layer) is BCN and is_norm(layer)
+    assert not any(p.requires_grad for p in layer.parameters())
+    assert scope.build(dict(type='BCN', num_features=8)).num_groups == 4
+
+
+def test_no_batch_norm_to_norm_eval_and_to_sync_bn():
+    """A stock config has norm_eval=True; estimates must move all the same."""
+    net = resnet(frozen_stages=1)
+    before = {n: estimates(m) for n, m in net.named_modules()
+              if isinstance(m, BCN)}  # fmt: skip
+    net.train()
+    assert net.norm_eval
+    net(torch.randn(1, 3, 64, 64))
+    for name, module in net.named_modules():
+        if isinstance(module, BCN):
+            frozen = name == 'bn1' or name.startswith('layer1')
+            assert same(before[name], estimates(module)) == frozen, name
+    assert revert_sync_batchnorm(net) is net
+
+
+def test_weight_decay_multiplier_reaches_all_four():
+    net = nn.Sequential(WSConv2d(3, 8, 3, bias=False), BCN(8))
+    wrapper = build_optim_wrapper(
+        net,
+        dict(
+            type='OptimWrapper',
+            optimizer=dict(type='SGD', lr=0.1, weight_decay=0.5),
+            paramwise_cfg=dict(norm_decay_mult=0.0),
+        ),
+    )
+    decay = {
+        id(p): group['weight_decay']
+        for group in wrapper.optimizer.param_groups
+        for p in group['params']
+    }
+    assert decay[id(net[0].weight)] == 0.5
+    assert [decay[id(p)] for p in net[1].parameters()] == [0.0] * 4
+
+
+def test_init_cfg_by_layer_type_and_zero_init_residual():
+    net = resnet(
+        depth=50,
+        zero_init_residual=True,
+        init_cfg=[
+            dict(type='Kaiming', layer='Conv2d'),
+            dict(type='Constant', val=0.5, bias=0.25, layer='GroupNorm'),
+        ],
+    )
+    net.init_weights()
+    assert (net.bn1.weight == 0.5).all() and (net.bn1.bias == 0.25).all()
+    net = resnet(depth=50, zero_init_residual=True)
+    net.init_weights()
+    assert (net.layer1[0].norm3.weight == 0).all()
+    assert (net.layer1[0].norm3.batch_weight == 1).all()
+    # so a residual branch starts at zero and its scale learns
+    block = net.layer2[1].train()
+    x = torch.rand(1, 64, 8, 8)
+    y = block(x)
+    torch.testing.assert_close(y, x)
+    y.square().sum().backward()
+    grad = block.norm3.weight.grad
+    assert torch.isfinite(grad).all() and grad.abs().max() > 0
+
+
+# -- state dicts -------------------------------------------------------------
+
+
+class Records(logging.Handler):
+    """The lines that mmengine logs about BCN."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        if 'BCN' in record.getMessage():
+            self.lines.append(record.getMessage())
+
+
+@pytest.fixture
+def log():
+    from mmengine.logging import MMLogger
+
+    logger = MMLogger.get_instance('test_bcn')
+    MMLogger.get_current_instance()
+    records = Records()
+    MMLogger.get_current_instance().addHandler(records)
+    yield records.lines
+    for instance in (logger, MMLogger.get_current_instance()):
+        instance.removeHandler(records)
+
+
+@pytest.mark.parametrize('loader', ['torch', 'mmengine'])
+def test_batch_norm_state_fills_the_batch_stage(loader, log):
+    torch.manual_seed(3)
+    bn = MMDET.build(dict(type='mmdet.ResNet', depth=18, base_channels=8))
+    for m in bn.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            randomize(m)
+            m.num_batches_tracked += 7
+    net = randomize(resnet())
+    state = bn.state_dict()
+    keys = list(state)
+    for _ in range(2):
+        log.clear()
+        if loader == 'torch':
+            result = net.load_state_dict(state)
+            assert not result.missing_keys + result.unexpected_keys
+        else:
+            load_state_dict(net, state, strict=True)
+        assert len(log) == 1 and 'BatchNorm' in log[0]
+    assert list(state) == keys
+    ours, theirs = net.layer2[0].bn2, bn.layer2[0].bn2
+    assert torch.equal(ours.batch_weight, theirs.weight)
+    assert torch.equal(ours.batch_bias, theirs.bias)
+    assert torch.equal(ours.running_mean, theirs.running_mean)
+    assert torch.equal(ours.running_var, theirs.running_var)
+    assert ours.num_batches_tracked == 7
+    assert (ours.weight == 1).all() and (ours.bias == 0).all()
+
+
+@pytest.mark.parametrize('inner', ['bn', 'pbn'])
+@pytest.mark.parametrize('tracked', [True, False])
+def test_authors_state(inner, tracked, log):
+    layer, source = randomize(BCN(64)), randomize(BCN(64))
+    state = {
+        'n.weight': source.weight.view(1, 32, 1),
+        'n.bias': source.bias.view(1, 32, 1),
+        f'n.{inner}.weight': source.batch_weight,
+        f'n.{inner}.bias': source.batch_bias,
+        f'n.{inner}.running_mean': source.running_mean,
+        f'n.{inner}.running_var': source.running_var,
+    }
+    if tracked:
+        state[f'n.{inner}.num_batches_tracked'] = torch.tensor(0)
+    nn.ModuleDict(dict(n=layer)).load_state_dict(state)
+    assert same(layer.state_dict(), source.state_dict())
+    assert len(log) == 1 and "authors'" in log[0]
+
+
+def test_own_state_round_trip(log):
+    source, layer = randomize(BCN(64)), BCN(64)
+    layer.load_state_dict(source.state_dict())
+    assert same(layer.state_dict(), source.state_dict()) and not log
+
+
+@pytest.mark.parametrize(
+    'source, message',
+    [
+        (nn.GroupNorm(32, 64), 'running_mean'),
+        (nn.GroupNorm(32, 64), r'size mismatch for weight'),
+        (nn.BatchNorm2d(32), r'size mismatch for batch_weight'),
+        (BCN(64, num_groups=16), r'size mismatch for weight'),
+    ],
+)
+def test_anything_else_is_a_mismatch(source, message):
+    with pytest.raises(RuntimeError, match=message):
+        BCN(64).load_state_dict(source.state_dict())
+
+
+def test_leftovers_of_a_known_layout_are_reported():
+    state = nn.BatchNorm2d(64).state_dict()
+    with pytest.raises(RuntimeError, match='Unexpected.*surprise'):
+        BCN(64).load_state_dict({**state, 'surprise': torch.zeros(1)})
+
+
+def test_pretrained_init_cfg(tmp_path):
+    """``init_cfg=dict(type='Pretrained')`` from a BatchNorm file."""
+    bn = MMDET.build(dict(type='mmdet.ResNet', depth=18, base_channels=8))
+    path = tmp_path / 'bn.pth'
+    torch.save(get_state_dict(bn), path)
+    net = resnet(init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    net.init_weights()
+    assert torch.equal(net.conv1.weight, bn.conv1.weight)
+    load_checkpoint(net, str(path), strict=True)
+
+
+def test_constant_init_leaves_the_batch_stage():
+    layer = BCN(8)
+    constant_init(layer, 0, bias=0)
+    assert (layer.weight == 0).all() and (layer.batch_weight == 1).all()

@@ -1,0 +1,75 @@
+import pytest
+import reference
+import torch
+from mmcv.cnn import ConvModule, build_conv_layer
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
+from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
+from torch import nn
+
+from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
+from bcn_mm.ops import DIALECTS
+
+
+@pytest.mark.parametrize('dialect', DIALECTS)
+@pytest.mark.parametrize('kind', [WSConv1d, WSConv2d, WSConv3d])
+@pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
+def test_is_the_convolution_with_standardized_weights(
+    dialect, kind, padding_mode
+):
+    dim = (WSConv1d, WSConv2d, WSConv3d).index(kind) + 1
+    arguments = dict(stride=2, padding=1, groups=2, padding_mode=padding_mode)
+    conv = kind(4, 6, 3, dialect=dialect, **arguments).double()
+    plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dim - 1](4, 6, 3, **arguments)
+    plain = plain.double()
+    with torch.no_grad():
+        plain.weight.copy_(reference.standardize(conv.weight, dialect))
+        plain.bias.copy_(conv.bias)
+    x = torch.randn(2, 4, *[7] * dim, dtype=torch.double)
+    torch.testing.assert_close(conv(x), plain(x))
+
+
+def test_state_of_plain_and_conv_ws_loads():
+    x = torch.randn(1, 4, 9, 9)
+    theirs, ours = ConvWS2d(4, 8, 3), WSConv2d(4, 8, 3)
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+    ours.load_state_dict(nn.Conv2d(4, 8, 3).state_dict())
+    assert set(ours.state_dict()) == {'weight', 'bias'}
+
+
+def test_dialect_travels_with_the_weights(tmp_path):
+    """...through mmengine's way of saving, weights_only."""
+    net = nn.Sequential(WSConv2d(4, 8, 3, dialect='var'))
+    path = tmp_path / 'ws.pth'
+    torch.save(weights_to_cpu(get_state_dict(net)), path)
+    state = torch.load(path, weights_only=True)
+    net.load_state_dict(state)
+    with pytest.raises(RuntimeError, match="'var'.*dialect='std'"):
+        nn.Sequential(WSConv2d(4, 8, 3)).load_state_dict(state)
+
+
+def test_autocast():
+    """Standardization in float32, the convolution in low precision."""
+    conv = WSConv2d(4, 8, 3)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert conv.standardized_weight().dtype == torch.float32
+        assert conv(torch.randn(1, 4, 5, 5)).dtype == torch.bfloat16
+
+
+def test_built_by_mmcv():
+    conv = build_conv_layer(dict(type='WSConv2d', dialect='var'), 3, 8, 3)
+    assert type(conv) is WSConv2d and conv.dialect == 'var'
+    assert "dialect='var'" in repr(conv)
+    block = ConvModule(
+        3, 8, 3, conv_cfg=dict(type='WSConv2d'), norm_cfg=dict(type='BCN')
+    )
+    assert type(block.norm) is BCN and block.conv.bias is None
+    block(torch.randn(1, 3, 8, 8)).sum().backward()
+    assert torch.isfinite(block.conv.weight.grad).all()
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="unknown.*'timm'.*'biased_var'"):
+        WSConv2d(3, 8, 3, dialect='timm')
+    with pytest.raises(ValueError, match='one weight.*plain convolution'):
+        WSConv2d(8, 8, 1, groups=8)

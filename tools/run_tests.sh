@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Set up the environment (see tools/setup_env.sh), lint, and run the tests.
+#
+#   bash tools/run_tests.sh                    # everything
+#   bash tools/run_tests.sh -m "not slow"      # further words go to pytest
+set -euo pipefail
+case "${1:-}" in
+-h | --help)
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    exit
+    ;;
+esac
+source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
+ensure_env
+cd "$ROOT"
+if "$PY" -m ruff --version >/dev/null 2>&1; then
+    "$PY" -m ruff check .
+else
+    say "ruff is not installed here: the style is not checked"
+fi
+exec "$PY" -m pytest "$@"

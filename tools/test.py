@@ -1,0 +1,203 @@
+"""Test (and evaluate) a detector or a segmenter."""
+
+import argparse
+import copy
+import os
+import os.path as osp
+
+import mmengine
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dist import is_main_process
+from mmengine.evaluator import DumpResults
+from mmengine.registry import METRICS, RUNNERS
+from mmengine.runner import Runner
+
+import bcn_mm  # noqa: F401  registers the layers
+from bcn_mm.runtime import (
+    InputError,
+    check_match,
+    load_config,
+    one_line_errors,
+    prepare_launch,
+    read_checkpoint,
+)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python tools/test.py CONFIG work_dirs/NAME/epoch_24.pth
+  python tools/test.py CONFIG CHECKPOINT --show-dir out --work-dir metrics
+  python tools/test.py CONFIG CHECKPOINT --out predictions.pkl""",
+    )
+    parser.add_argument('config', help='test config file')
+    parser.add_argument('checkpoint', help='checkpoint file')
+    parser.add_argument(
+        '--work-dir',
+        help="where metrics go (default: the config's, else "
+        'work_dirs/NAME_OF_THE_CONFIG)',
+    )
+    parser.add_argument(
+        '--out',
+        help='where predictions go: a .pkl file, or for segmentation also a '
+        'folder for label maps',
+    )
+    parser.add_argument(
+        '--show', action='store_true', help='show predictions on screen'
+    )
+    parser.add_argument(
+        '--show-dir',
+        help='where pictures of the predictions go, in a folder named by '
+        'the time below the work directory',
+    )
+    parser.add_argument(
+        '--wait-time',
+        type=float,
+        default=2,
+        help='seconds that --show leaves a picture (%(default)s)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started this process (%(default)s)',
+    )
+    parser.add_argument(
+        '--tta', action='store_true', help='augment at test time'
+    )
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+    args = parser.parse_args()
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    return args
+
+
+def visualize(cfg: Config, args: argparse.Namespace) -> None:
+    """Have mmdet's or mmseg's visualization hook draw every picture."""
+    hook = cfg.get('default_hooks', {}).get('visualization')
+    if hook is None:
+        raise InputError(
+            '--show and --show-dir need default_hooks.'
+            'visualization in the config'
+        )
+    hook.draw = True
+    if args.show:
+        hook.show, hook.wait_time = True, args.wait_time
+    if args.show_dir and hook.type.endswith('SegVisualizationHook'):
+        cfg.visualizer.save_dir = args.show_dir
+    elif args.show_dir:
+        hook.test_out_dir = args.show_dir
+
+
+def augment(cfg: Config) -> None:
+    """Wrap the model for test-time augmentation, by default with flips."""
+    if 'tta_model' not in cfg:
+        if cfg.get('default_scope') != 'mmdet':
+            raise InputError('--tta needs tta_model in the config')
+        cfg.tta_model = ConfigDict(
+            type='DetTTAModel',
+            tta_cfg=dict(
+                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
+            ),
+        )
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    if 'tta_pipeline' not in cfg:
+        if cfg.get('default_scope') != 'mmdet':
+            raise InputError('--tta needs tta_pipeline in the config')
+        *load, pack = copy.deepcopy(dataset.pipeline)
+        pack.meta_keys = (
+            'img_id',
+            'img_path',
+            'ori_shape',
+            'img_shape',
+            'scale_factor',
+            'flip',
+            'flip_direction',
+        )
+        flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
+        cfg.tta_pipeline = load + [
+            dict(type='TestTimeAug', transforms=[flips, [pack]])
+        ]
+    dataset.pipeline = cfg.tta_pipeline
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+
+
+def add_dump(cfg: Config, out: str) -> None:
+    """Have predictions written below ``out``."""
+    scope = cfg.get('default_scope')
+    if out.endswith(('.pkl', '.pickle')):
+        mmengine.mkdir_or_exist(osp.dirname(osp.abspath(out)))
+        return
+    if scope != 'mmseg':
+        raise InputError(f'--out must be a .pkl file, but got {out}')
+    if not isinstance(cfg.test_evaluator, dict):
+        raise InputError('--out with a folder needs a single test_evaluator')
+    cfg.test_evaluator.update(output_dir=out, keep_results=True)
+
+
+def main() -> None:
+    args = parse_args()
+    dump = None
+    with one_line_errors():
+        cfg = load_config(args.config, args.cfg_options)
+        cfg.launcher = args.launcher
+        cfg.load_from, cfg.resume = args.checkpoint, False
+        if args.work_dir:
+            cfg.work_dir = args.work_dir
+        elif not cfg.get('work_dir'):
+            cfg.work_dir = osp.join(
+                'work_dirs', osp.splitext(osp.basename(args.config))[0]
+            )
+        local = '://' not in args.checkpoint
+        checkpoint = read_checkpoint(args.checkpoint) if local else None
+        if args.show or args.show_dir:
+            visualize(cfg, args)
+        if args.tta:
+            augment(cfg)
+        if args.out:
+            add_dump(cfg, args.out)
+        prepare_launch(cfg)
+        runner = (
+            RUNNERS.build(cfg)
+            if 'runner_type' in cfg
+            else Runner.from_cfg(cfg)
+        )
+        if local:
+            model = getattr(runner.model, 'module', runner.model)
+            model = getattr(model, 'module', model) if args.tta else model
+            check_match(model, checkpoint, args.checkpoint)
+        del checkpoint
+        runner.test_loop  # noqa: B018  finds missing annotations
+        if args.out and args.out.endswith(('.pkl', '.pickle')):
+            dump = f'{args.out}.part.pkl'
+            # mmdet's own also compresses masks
+            kind = (
+                METRICS.get('mmdet.DumpDetResults')
+                if cfg.get('default_scope') == 'mmdet'
+                else DumpResults
+            )
+            metric = kind(out_file_path=dump)
+            runner.test_evaluator.metrics.append(metric)
+    runner.test()
+    if dump and is_main_process():
+        os.replace(dump, args.out)
+
+
+if __name__ == '__main__':
+    main()
