@@ -25,7 +25,7 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['bcn_mm', 'bcn_mm.*']),
-    python_requires='>=3.8',
+    python_requires='>=3.9',
     # torch, mmcv and the other mm packages are the user's own choice of build
     # or fork (requirements/mminstall.txt), so none is required here
     install_requires=requirements('runtime'),

@@ -121,10 +121,10 @@ def read_checkpoint(path: str) -> dict:
             f'checkpoint {path} is damaged or holds more than weights{what} '
             f'and was not loaded'
         ) from e
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as e:
+    except Exception as e:  # a damaged pickle may raise almost anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
         raise InputError(
-            f'checkpoint {path} is truncated or no checkpoint: '
-            f'{str(e).splitlines()[0]}'
+            f'checkpoint {path} is truncated or no checkpoint: {reason}'
         ) from e
     if not isinstance(checkpoint, dict):
         raise InputError(

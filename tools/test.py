@@ -49,8 +49,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument(
         '--show-dir',
-        help='where pictures of the predictions go, in a folder named by '
-        'the time below the work directory',
+        help='where pictures of the predictions beside the truth go',
     )
     parser.add_argument(
         '--wait-time',
@@ -97,10 +96,13 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
     hook.draw = True
     if args.show:
         hook.show, hook.wait_time = True, args.wait_time
-    if args.show_dir and hook.type.endswith('SegVisualizationHook'):
-        cfg.visualizer.save_dir = args.show_dir
-    elif args.show_dir:
-        hook.test_out_dir = args.show_dir
+    folder = osp.abspath(args.show_dir) if args.show_dir else None
+    if hook.type.endswith('SegVisualizationHook'):
+        hook.interval = 1  # every picture, as mmdet's hook does
+        if folder:
+            cfg.visualizer.save_dir = folder
+    elif folder:
+        hook.test_out_dir = folder
 
 
 def augment(cfg: Config) -> None:

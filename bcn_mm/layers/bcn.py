@@ -31,11 +31,11 @@ class BCN(nn.GroupNorm):
     It is an ``nn.GroupNorm`` to every tool that asks (weight decay,
     ``init_cfg`` by layer type, mmcv's ``is_norm``), whose ``weight`` and
     ``bias`` are those of the channel stage, one per group; it is no
-    ``_BatchNorm``, so mmdet's ``norm_eval=True`` does not stop its estimates. Attributes that hold it are
-    named as BatchNorm's (``bn1``), and the state of an ``nn.BatchNorm2d``
-    loads into the batch stage, leaving the channel stage at identity. The
-    authors' layout loads too (``weight`` and ``bias`` of shape (1, G, 1)
-    beside ``bn.*`` or ``pbn.*``).
+    ``_BatchNorm``, so mmdet's ``norm_eval=True`` does not stop its estimates.
+    Attributes that hold it are named as BatchNorm's (``bn1``), and the state
+    of an ``nn.BatchNorm2d`` loads into the batch stage, leaving the channel
+    stage at identity. The authors' layout loads too (``weight`` and ``bias``
+    of shape (1, G, 1) beside ``bn.*`` or ``pbn.*``).
 
     Args:
         num_features (int): The number of channels C.

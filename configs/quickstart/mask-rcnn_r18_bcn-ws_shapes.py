@@ -53,7 +53,7 @@ model = dict(
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=250)),
 )
 
-data_root = 'data/shapes/'
+data_root = '{{$SHAPES_ROOT:data/shapes}}/'
 metainfo = dict(
     classes=('circle', 'square', 'triangle'),
     palette=[(220, 20, 60), (0, 130, 200), (60, 180, 75)],

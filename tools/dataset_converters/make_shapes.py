@@ -40,13 +40,12 @@ def texture(
 
 
 def outline(rng: np.random.Generator, kind: int, size: int) -> np.ndarray:
-    """The polygon of a shape of random place, size and turn, (K, 2)."""
-    radius = rng.uniform(0.09, 0.22) * size
+    """The polygon of a shape of random place, size and slight turn, (K, 2)."""
+    radius = rng.uniform(0.10, 0.22) * size
     centre = rng.uniform(radius, size - radius, 2)
-    corners = (40, 4, 3)[kind]
-    angles = (
-        rng.uniform(0, 2 * np.pi) + np.arange(corners) * 2 * np.pi / corners
-    )
+    corners, upright = ((40, 0), (4, np.pi / 4), (3, -np.pi / 2))[kind]
+    angles = upright + rng.uniform(-0.3, 0.3)
+    angles = angles + np.arange(corners) * 2 * np.pi / corners
     polygon = centre + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
     return np.clip(polygon, 0, size - 1)
 

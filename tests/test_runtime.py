@@ -1,0 +1,160 @@
+import collections
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
+from torch import nn
+
+from bcn_mm import BCN
+from bcn_mm.runtime import (
+    InputError,
+    check_match,
+    load_config,
+    one_line_errors,
+    prepare_launch,
+    read_checkpoint,
+)
+
+
+class Evil:
+    """What a stranger's checkpoint may hold."""
+
+    def __init__(self, function, *arguments):
+        self.call = function, arguments
+
+    def __reduce__(self):
+        return self.call
+
+
+def save(path, value):
+    torch.save(value, path)
+    return str(path)
+
+
+def test_mmengine_checkpoints_load_weights_only(tmp_path):
+    history = HistoryBuffer([1.0, 2.0], [1, 1])
+    state = dict(
+        state_dict=BCN(4, 2).state_dict(),
+        message_hub=dict(
+            log_scalars=collections.OrderedDict(loss=history),
+            runtime_info=dict(lr=np.float64(0.1), step=np.int64(3)),
+            array=np.arange(3.0),
+        ),
+    )
+    loaded = read_checkpoint(save(tmp_path / 'a.pth', state))
+    hub = loaded['message_hub']
+    assert hub['log_scalars']['loss'].mean() == 1.5
+    assert hub['runtime_info']['step'] == 3
+    assert (hub['array'] == np.arange(3.0)).all()
+
+
+@pytest.mark.parametrize(
+    'value',
+    [
+        Evil(os.system, 'touch harmed'),
+        Evil(eval, '1'),
+        Evil(getattr, collections.OrderedDict, 'update'),
+        Evil(getattr, HistoryBuffer, '__init__'),
+        Evil(getattr, np.ndarray, 'tofile'),
+        Evil(getattr, torch.Tensor, 'numpy'),
+    ],
+)
+def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    path = save('evil.pth', dict(state_dict={}, extra=value))
+    with pytest.raises(InputError, match='evil.pth.*was not loaded'):
+        read_checkpoint(path)
+    assert not (tmp_path / 'harmed').exists()
+
+
+@pytest.mark.parametrize('keep', [0, 10, 400, 0.5, 0.99])
+def test_truncated_checkpoint(tmp_path, keep):
+    path = tmp_path / 'a.pth'
+    save(path, dict(state_dict=BCN(64).state_dict()))
+    data = path.read_bytes()
+    path.write_bytes(data[: keep if keep > 1 else int(keep * len(data))])
+    with pytest.raises(InputError, match='a.pth is (truncated|damaged)'):
+        read_checkpoint(str(path))
+
+
+def test_other_files(tmp_path):
+    with pytest.raises(InputError, match='none.pth does not exist'):
+        read_checkpoint(str(tmp_path / 'none.pth'))
+    (tmp_path / 'text.pth').write_text('no weights')
+    with pytest.raises(InputError, match='text.pth'):
+        read_checkpoint(str(tmp_path / 'text.pth'))
+    with pytest.raises(InputError, match='no state dict but a list'):
+        read_checkpoint(save(tmp_path / 'list.pth', [1]))
+    with pytest.raises(InputError):
+        (tmp_path / 'pickle.pth').write_bytes(pickle.dumps(Evil(os.getcwd)))
+        read_checkpoint(str(tmp_path / 'pickle.pth'))
+    state = BCN(4, 2).state_dict()
+    assert (
+        read_checkpoint(save(tmp_path / 'bare.pth', state))[
+            'state_dict'
+        ].keys()
+        == state.keys()
+    )
+
+
+def test_check_match():
+    def net(*widths):
+        return nn.Sequential(*(nn.Linear(w, 4) for w in widths))
+
+    def given(*widths):
+        return dict(state_dict=net(*widths).state_dict())
+
+    check_match(net(1, 2), given(1, 2), 'x')
+    module = {f'module.{k}': v for k, v in net(1).state_dict().items()}
+    check_match(net(1), dict(state_dict=module), 'x')
+    for widths, message in (
+        ((1, 3), r"3 of the model's 4 .* 4 in the file.*1.weight .*\(4, 2\)"),
+        ((1,), r'2 of .* 4 .* 2 in the file.*1.weight .*file: absent'),
+        ((1, 2, 5), r'4 of .* 4 .* 6 in the file.*2.weight .*model: absent'),
+    ):
+        with pytest.raises(InputError, match=message):
+            check_match(net(1, 2), given(*widths), 'x')
+
+
+def test_load_config(tmp_path):
+    path = tmp_path / 'c.py'
+    path.write_text('a = dict(b=1, c=[1, 2])')
+    assert load_config(str(path), {'a.b': 2}).a.b == 2
+    with pytest.raises(InputError, match='none.py does not exist'):
+        load_config(str(tmp_path / 'none.py'))
+    with pytest.raises(InputError, match='--cfg-options'):
+        load_config(str(path), {'a.c.7': 2})
+    path.write_text('a = dict(')
+    with pytest.raises(InputError, match='c.py cannot be read.*SyntaxError'):
+        load_config(str(path))
+
+
+def test_one_line_errors(capsys, monkeypatch):
+    for error, text in (
+        (InputError('two\nlines'), 'error: two lines ('),
+        (KeyError('name'), 'error: KeyError: name ('),
+        (TypeError('bad'), 'error: TypeError: bad ('),
+    ):
+        with pytest.raises(SystemExit) as stop, one_line_errors():
+            raise error
+        out = capsys.readouterr()
+        assert stop.value.code == 1
+        assert out.err.startswith(text) and out.err.count('\n') == 1
+    monkeypatch.setenv('BCN_MM_TRACEBACK', '1')
+    with pytest.raises(KeyError), one_line_errors():
+        raise KeyError('name')
+
+
+def test_prepare_launch_without_a_launcher(monkeypatch):
+    cfg = Config(dict(launcher='none'))
+    prepare_launch(cfg)
+    assert 'model_wrapper_cfg' not in cfg
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.delenv('RANK', raising=False)
+    for launcher, message in (('slurm', 'needs a GPU'), ('pytorch', 'RANK')):
+        with pytest.raises(InputError, match=message):
+            prepare_launch(Config(dict(launcher=launcher)))

@@ -1,0 +1,290 @@
+"""The commands, run as users run them, on real mmdet and mmseg."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from conftest import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = {
+    'det': 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py',
+    'seg': 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py',
+}
+# one pass over 12 pictures, a checkpoint half-way
+SHORT = {
+    'det': ['train_cfg.max_epochs=2', 'train_cfg.val_interval=2'],
+    'seg': [
+        'train_cfg.max_iters=24',
+        'train_cfg.val_interval=24',
+        'default_hooks.checkpoint.interval=12',
+    ],
+}
+QUIET = [
+    'default_hooks.logger.interval=4',
+    'train_dataloader.num_workers=0',
+    'train_dataloader.persistent_workers=False',
+    'val_dataloader.num_workers=0',
+    'val_dataloader.persistent_workers=False',
+    'test_dataloader.num_workers=0',
+    'test_dataloader.persistent_workers=False',
+    'default_hooks.checkpoint.max_keep_ckpts=5',
+]
+KEYS = {'det': ('coco/bbox_mAP', 'coco/segm_mAP'), 'seg': ('mIoU', 'aAcc')}
+
+
+def scalars(work_dir):
+    files = sorted(Path(work_dir).glob('*/vis_data/scalars.json'))
+    return [json.loads(line) for f in files for line in f.open()]
+
+
+def metrics(work_dir):
+    (file,) = Path(work_dir).glob('*/2*.json')
+    return json.loads(file.read_text())
+
+
+def checkpoints(work_dir):
+    return sorted(
+        Path(work_dir).glob('*.pth'),
+        key=lambda f: int(re.findall(r'\d+', f.name)[-1]),
+    )
+
+
+@pytest.fixture(scope='module', params=CONFIGS)
+def trained(request, shapes, tmp_path_factory, python):
+    """A model of each kind, trained for a few steps; (task, folder)."""
+    task = request.param
+    folder = tmp_path_factory.mktemp(task)
+    python(
+        'tools/train.py', CONFIGS[task], '--work-dir', folder,
+        '--cfg-options', *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
+    )  # fmt: skip
+    return task, folder
+
+
+def test_train_logs_and_moves_every_estimate(trained):
+    task, folder = trained
+    losses = [r['loss'] for r in scalars(folder) if 'loss' in r]
+    assert len(losses) >= 4 and all(0 < x < 1e3 for x in losses)
+    state = torch.load(checkpoints(folder)[-1])['state_dict']
+    means = {k: v for k, v in state.items() if k.endswith('running_mean')}
+    assert len(means) > 20
+    for name, value in means.items():
+        assert value.abs().max() > 0, name
+        assert state[name.replace('mean', 'var')].ne(1).any(), name
+
+
+def test_test_repeats_the_validation(trained, shapes, tmp_path, python):
+    task, folder = trained
+    out = tmp_path / ('out.pkl' if task == 'det' else 'maps')
+    python(
+        'tools/test.py', CONFIGS[task], checkpoints(folder)[-1],
+        '--work-dir', tmp_path / 'test', '--out', out,
+        '--show-dir', tmp_path / 'pictures', '--cfg-options', *QUIET,
+        SHAPES_ROOT=str(shapes),
+    )  # fmt: skip
+    validated = [r for r in scalars(folder) if KEYS[task][0] in r][-1]
+    tested = metrics(tmp_path / 'test')
+    for key in KEYS[task]:
+        assert tested[key] == pytest.approx(validated[key], abs=1e-3)
+    pictures = list((tmp_path / 'pictures').rglob('*.[jp][pn]g'))
+    assert len(pictures) == 6
+    assert out.exists() and not list(tmp_path.glob('*.part*'))
+    if task == 'seg':
+        assert len(list(out.iterdir())) == 6
+
+
+def test_tta(trained, shapes, tmp_path, python):
+    task, folder = trained
+    words = ['tools/test.py', CONFIGS[task], checkpoints(folder)[-1],
+             '--work-dir', tmp_path / 'test', '--tta']  # fmt: skip
+    code = 0 if task == 'det' else 1
+    out = python(
+        *words, '--cfg-options', *QUIET, code=code, SHAPES_ROOT=str(shapes)
+    )
+    if task == 'det':
+        assert metrics(tmp_path / 'test')['coco/bbox_mAP'] >= 0
+    else:  # the small config has none
+        assert 'error: --tta needs tta_pipeline' in out
+
+
+def test_resume_starts_bit_for_bit(trained, shapes, tmp_path, python):
+    """From the right step, with every parameter, estimate and momentum."""
+    task, folder = trained
+    half = checkpoints(folder)[0]
+    config = tmp_path / 'config.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIGS[task]}'\n"
+        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_hooks = [dict(type='DumpState', path='"
+        f"{tmp_path / 'start.pth'}')]\n"
+    )
+    python(
+        'tools/train.py', config, '--work-dir', tmp_path, '--resume', half,
+        '--cfg-options', *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
+        PYTHONPATH=str(ROOT / 'tests'),
+    )  # fmt: skip
+    saved, start = torch.load(half), torch.load(tmp_path / 'start.pth')
+    assert start['iter'] == 12
+    assert saved['state_dict'].keys() == start['model'].keys()
+    for name, value in saved['state_dict'].items():
+        assert torch.equal(value, start['model'][name]), name
+    assert saved['optimizer']['state'].keys() == (
+        start['optimizer']['state'].keys()
+    )
+    for key, value in saved['optimizer']['state'].items():
+        buffer = start['optimizer']['state'][key]['momentum_buffer']
+        assert torch.equal(value['momentum_buffer'], buffer)
+    steps = [r['step'] for r in scalars(tmp_path) if 'loss' in r]
+    assert steps == [16, 20, 24]
+
+
+def test_auto_resume_and_amp(trained, shapes, tmp_path, python):
+    task, _ = trained
+    out = python(
+        'tools/train.py', CONFIGS[task], '--work-dir', tmp_path, '--amp',
+        '--resume', '--cfg-options', *SHORT[task], *QUIET,
+        SHAPES_ROOT=str(shapes),
+    )  # fmt: skip
+    assert 'AmpOptimWrapper' in out
+    for state in checkpoints(tmp_path):
+        for name, value in torch.load(state)['state_dict'].items():
+            assert torch.isfinite(value).all(), name
+
+
+def test_stock_tools_through_custom_imports(shapes, tmp_path, python):
+    """mmdet's own train.py and test.py, as installed, know nothing of us."""
+    tools = Path(mmdet.__file__).parent / '.mim' / 'tools'
+    shared = ['--cfg-options', *SHORT['det'], *QUIET]
+    environment = dict(SHAPES_ROOT=str(shapes))
+    python(tools / 'train.py', CONFIGS['det'], '--work-dir', tmp_path / 'a',
+           *shared, **environment)  # fmt: skip
+    end = checkpoints(tmp_path / 'a')[-1]
+    python(tools / 'test.py', CONFIGS['det'], end, '--work-dir',
+           tmp_path / 'b', *shared, **environment)  # fmt: skip
+    assert 'coco/bbox_mAP' in metrics(tmp_path / 'b')
+
+
+def test_two_processes_without_a_gpu(shapes, tmp_path):
+    done = run(
+        Path(sys.executable).parent / 'torchrun', '--standalone',
+        '--nproc-per-node', 2, 'tools/train.py', CONFIGS['det'],
+        '--work-dir', tmp_path, '--launcher', 'pytorch', '--cfg-options',
+        *SHORT['det'], *QUIET, SHAPES_ROOT=str(shapes), OMP_NUM_THREADS='1',
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert [r['step'] for r in scalars(tmp_path) if 'loss' in r][-1] == 12
+
+
+# -- bad input ends in one line ----------------------------------------------
+
+CFG = '--cfg-options'
+BAD = {
+    'groups': (
+        [CFG, 'model.backbone.norm_cfg.num_groups=7'],
+        r'num_groups=7 does not divide 32',
+    ),
+    'argument': (
+        [CFG, 'model.neck.norm_cfg.momentun=0.1'],
+        r"unexpected keyword argument 'momentun'",
+    ),
+    'dialect': (
+        [CFG, 'model.neck.conv_cfg.dialect=jhu'],
+        r"unknown weight standardization dialect 'jhu'",
+    ),
+    'type': ([CFG, 'model.neck.norm_cfg.type=BNC'], 'BNC'),
+    'annotations': (
+        [CFG, 'train_dataloader.dataset.ann_file=none.json'],
+        r'none\.json',
+    ),
+    'validation annotations': (
+        [CFG, 'val_evaluator.ann_file=gone.json'],
+        r'gone\.json',
+    ),
+    'resume': (['--resume', 'gone.pth'], 'gone.pth does not exist'),
+    'option': ([CFG, 'model.rpn_head.loss_cls.9=1'], '--cfg-options'),
+    'scale': (['--auto-scale-lr'], 'base_batch_size'),
+}
+
+
+def one_line(done):
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert 'Traceback' not in done.stdout, done.stdout[-3000:]
+    (line,) = re.findall('^error: .*$', done.stdout, re.M)
+    return line
+
+
+@pytest.mark.parametrize('words, message', BAD.values(), ids=BAD)
+def test_bad_input_to_train(words, message, shapes, tmp_path):
+    done = run(
+        sys.executable, 'tools/train.py', CONFIGS['det'], '--work-dir',
+        tmp_path / 'w', *words, SHAPES_ROOT=str(shapes), timeout=120,
+    )  # fmt: skip
+    assert re.search(message, one_line(done))
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_missing_config():
+    done = run(sys.executable, 'tools/train.py', 'configs/none.py')
+    assert 'configs/none.py does not exist' in one_line(done)
+
+
+@pytest.mark.parametrize('kind', ['truncated', 'code', 'architecture', 'none'])
+@pytest.mark.parametrize('tool', ['test', 'train'])
+def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
+    task, folder = trained
+    path = tmp_path / 'given.pth'
+    data = checkpoints(folder)[-1].read_bytes()
+    if kind == 'truncated':
+        path.write_bytes(data[: len(data) // 2])
+        message = 'given.pth is (truncated|damaged)'
+    elif kind == 'code':
+        from test_runtime import Evil
+
+        torch.save(dict(state_dict={}, extra=Evil(print, 'harm')), path)
+        message = 'more than weights.*was not loaded'
+    elif kind == 'architecture':
+        path.write_bytes(data)
+        message = r"\d+ of the model's \d+ tensors match, out of \d+"
+    else:
+        message = 'given.pth does not exist'
+    out = tmp_path / 'out.pkl'
+    words = {
+        'test': [path, '--out', out, '--work-dir', tmp_path / 'w'],
+        'train': ['--resume', path, '--work-dir', tmp_path / 'w'],
+    }[tool]
+    deeper = ['model.backbone.depth=34'] if kind == 'architecture' else []
+    done = run(
+        sys.executable, f'tools/{tool}.py', CONFIGS[task], *words, CFG,
+        'default_hooks.logger.interval=4', *deeper, SHAPES_ROOT=str(shapes),
+        timeout=120,
+    )  # fmt: skip
+    line = one_line(done)
+    assert re.search(message, line)
+    assert not re.search('^harm', done.stdout, re.M)
+    assert not out.exists() and not list(tmp_path.glob('*.part*'))
+
+
+@pytest.mark.parametrize(
+    'script',
+    [
+        'train.py',
+        'test.py',
+        'quickstart.py',
+        'dataset_converters/make_shapes.py',
+    ],
+)
+def test_help(script):
+    done = run(sys.executable, f'tools/{script}', '--help')
+    assert done.returncode == 0 and 'usage' in done.stdout
+
+
+@pytest.mark.parametrize('script', ['setup_env.sh', 'run_tests.sh'])
+def test_shell_help(script):
+    done = run('bash', ROOT / 'tools' / script, '--help')
+    assert done.returncode == 0 and f'tools/{script}' in done.stdout
