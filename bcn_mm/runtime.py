@@ -4,6 +4,7 @@ Importing ``bcn_mm`` calls :func:`allow_mmengine_checkpoints`, so that stock
 tools which import it through ``custom_imports`` read their own checkpoints.
 """
 
+import atexit
 import os
 import pickle
 import re
@@ -185,6 +186,8 @@ def prepare_launch(cfg: Config) -> None:
             'and WORLD_SIZE; start the script with torchrun'
         )
     torch.distributed.init_process_group('gloo')
+    # gloo's threads abort the interpreter if they outlive it
+    atexit.register(torch.distributed.destroy_process_group)
     cfg.setdefault('model_wrapper_cfg', {})
     for key, value in dict(
         type='MMDistributedDataParallel',

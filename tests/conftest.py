@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import bcn_mm  # noqa: F401  lets torch.load read checkpoints
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
 

@@ -33,7 +33,7 @@ from rich.table import Table
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = {'bcn-ws': 'BCN + WS', 'gn-ws': 'GN + WS', 'bn': 'BN'}
 # What mmengine logs of a step.
-STEP = r'(?:Epoch|Iter)\((?:train|test)\) +([\[\]\d/ ]+)'
+STEP = r'(?:Epoch|Iter)\((?:train|test)\) +((?:\[ *\d+\])?\[ *\d+/ *\d+\])'
 # How many pictures the sheet shows.
 ROWS = 6
 
@@ -100,9 +100,7 @@ def call(
         for line in process.stdout:
             file.write(line)
             last = line.strip() or last
-            found = re.search(
-                r'(Epoch|Iter)\((train|test)\) +([\[\]\d/ ]+)', line
-            )
+            found = re.search(STEP, line)
             if not found:
                 continue
             # [step/steps], behind [epoch] in a loop by epochs

@@ -107,6 +107,12 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
 
 def augment(cfg: Config) -> None:
     """Wrap the model for test-time augmentation, by default with flips."""
+    if cfg.model.get('mask_head') or cfg.model.get('roi_head', {}).get(
+        'mask_head'
+    ):
+        raise InputError(
+            '--tta: mmdet does not merge masks of augmented views'
+        )
     if 'tta_model' not in cfg:
         if cfg.get('default_scope') != 'mmdet':
             raise InputError('--tta needs tta_model in the config')

@@ -135,7 +135,8 @@ def main() -> None:
         if checkpoint and cfg.get('resume'):
             check_match(runner.model, checkpoint, source)
         del checkpoint
-        # so are missing annotations, in the data sets of either loop
+        # so are missing annotations, and what the optimizer refuses
+        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
         runner.train_loop, runner.val_loop  # noqa: B018
     runner.train()
 

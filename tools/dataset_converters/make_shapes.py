@@ -22,6 +22,8 @@ from rich.progress import track
 CLASSES = ('circle', 'square', 'triangle')
 # The share of a shape that later ones may hide before it is left out.
 MIN_VISIBLE = 0.4
+# Pixels of the smallest piece that an instance may have.
+MIN_PIECE = 20
 
 
 def texture(
@@ -69,15 +71,25 @@ def scene(rng: np.random.Generator, size: int):
         )
         labels[mask == 1] = kind + 1
     picture = np.clip(picture, 0, 255).astype(np.uint8)
-    return picture, labels, [(k, m) for k, m, _ in drawn]
+    return picture, labels, [(k, without_slivers(m)) for k, m, _ in drawn]
+
+
+def without_slivers(mask: np.ndarray) -> np.ndarray:
+    """The mask without what occlusion left of it in tiny pieces."""
+    _, pieces, stats, _ = cv2.connectedComponentsWithStats(mask)
+    large = stats[:, cv2.CC_STAT_AREA] >= MIN_PIECE
+    return mask * large[pieces].astype(np.uint8)
 
 
 def polygons(mask: np.ndarray) -> list:
-    """The mask's outer contours, in COCO's flat form."""
+    """The mask's outer contours, in COCO's flat form.
+
+    They run through pixel centres, which COCO puts at halves.
+    """
     contours, _ = cv2.findContours(
         mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
     )
-    return [c.flatten().tolist() for c in contours if len(c) >= 3]
+    return [(c.flatten() + 0.5).tolist() for c in contours]
 
 
 def write_split(
@@ -94,21 +106,17 @@ def write_split(
         cv2.imwrite(str(root / 'labels' / split / f'{index:06d}.png'), labels)
         images.append(dict(id=index, file_name=name, width=size, height=size))
         for kind, mask in instances:
-            rows, cols = np.nonzero(mask)
-            x, y = int(cols.min()), int(rows.min())
+            outlines = polygons(mask)
+            points = np.concatenate(outlines).reshape(-1, 2)
+            corner, size_xy = points.min(0), np.ptp(points, axis=0)
             annotations.append(
                 dict(
                     id=len(annotations) + 1,
                     image_id=index,
                     category_id=kind + 1,
-                    segmentation=polygons(mask),
+                    segmentation=outlines,
                     area=int(mask.sum()),
-                    bbox=[
-                        x,
-                        y,
-                        int(cols.max()) - x + 1,
-                        int(rows.max()) - y + 1,
-                    ],
+                    bbox=[*corner.tolist(), *size_xy.tolist()],
                     iscrowd=0,
                 )
             )
