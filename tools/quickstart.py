@@ -93,7 +93,7 @@ def call(
     last = ''
     with (
         Progress(*columns, console=console) as bar,
-        log.open('w') as file,
+        log.open('w', buffering=1) as file,
         process,
     ):
         task = bar.add_task(what, total=None, loss='')
