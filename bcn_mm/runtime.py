@@ -4,6 +4,7 @@ Importing ``bcn_mm`` calls :func:`allow_mmengine_checkpoints`, so that stock
 tools which import it through ``custom_imports`` read their own checkpoints.
 """
 
+import argparse
 import atexit
 import os
 import pickle
@@ -14,8 +15,10 @@ from typing import Iterator
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, DictAction
 from mmengine.logging import HistoryBuffer
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
 
 _STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 
@@ -78,13 +81,45 @@ def one_line_errors() -> Iterator[None]:
         sys.exit(1)
 
 
-def load_config(path: str, options: dict = None) -> Config:
-    """Read a config file and merge ``--cfg-options`` into it.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
+    parser.add_argument(
+        '--work-dir',
+        help="where logs and results go (default: the config's, else "
+        'work_dirs/NAME_OF_THE_CONFIG)',
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. model.backbone.depth=101 '
+        'or model.neck.in_channels="[1,2,3]"',
+    )
+    parser.add_argument(
+        '--launcher',
+        choices=['none', 'pytorch', 'slurm', 'mpi'],
+        default='none',
+        help='what started this process (%(default)s)',
+    )
+    # handed over by launchers that do not set the environment variable
+    parser.add_argument(
+        '--local_rank',
+        '--local-rank',
+        type=int,
+        default=0,
+        help=argparse.SUPPRESS,
+    )
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read ``args.config`` and merge the shared arguments into it.
 
     Raises:
         InputError: if the file is missing, does not parse, or an option does
             not fit it.
     """
+    path = args.config
     if not os.path.isfile(path):
         raise InputError(f'config {path} does not exist')
     try:
@@ -93,11 +128,15 @@ def load_config(path: str, options: dict = None) -> Config:
         raise InputError(
             f'config {path} cannot be read: {type(e).__name__}: {e}'
         ) from e
-    if options:
-        try:
-            cfg.merge_from_dict(options)
-        except Exception as e:
-            raise InputError(f'--cfg-options do not fit {path}: {e}') from e
+    try:
+        cfg.merge_from_dict(args.cfg_options or {})
+    except Exception as e:
+        raise InputError(f'--cfg-options do not fit {path}: {e}') from e
+    cfg.launcher = args.launcher
+    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
+    if args.work_dir or not cfg.get('work_dir'):
+        name = os.path.splitext(os.path.basename(path))[0]
+        cfg.work_dir = args.work_dir or os.path.join('work_dirs', name)
     return cfg
 
 
@@ -167,7 +206,15 @@ def check_match(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     )
 
 
-def prepare_launch(cfg: Config) -> None:
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config, on a machine with GPUs or without."""
+    _prepare_launch(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def _prepare_launch(cfg: Config) -> None:
     """Let ``--launcher pytorch`` run without a GPU, on gloo.
 
     mmengine's launcher selects a CUDA device unconditionally and its DDP

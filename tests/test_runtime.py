@@ -1,3 +1,4 @@
+import argparse
 import collections
 import os
 import pickle
@@ -12,10 +13,11 @@ from torch import nn
 from bcn_mm import BCN
 from bcn_mm.runtime import (
     InputError,
+    add_arguments,
+    build_runner,
     check_match,
     load_config,
     one_line_errors,
-    prepare_launch,
     read_checkpoint,
 )
 
@@ -120,17 +122,28 @@ def test_check_match():
             check_match(net(1, 2), given(*widths), 'x')
 
 
+def given(path, **options):
+    """What the tools' parsers make of a command line."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('config')
+    add_arguments(parser)
+    args = parser.parse_args([str(path)])
+    args.cfg_options = options
+    return args
+
+
 def test_load_config(tmp_path):
     path = tmp_path / 'c.py'
     path.write_text('a = dict(b=1, c=[1, 2])')
-    assert load_config(str(path), {'a.b': 2}).a.b == 2
+    cfg = load_config(given(path, **{'a.b': 2}))
+    assert cfg.a.b == 2 and cfg.work_dir == os.path.join('work_dirs', 'c')
     with pytest.raises(InputError, match='none.py does not exist'):
-        load_config(str(tmp_path / 'none.py'))
+        load_config(given(tmp_path / 'none.py'))
     with pytest.raises(InputError, match='--cfg-options'):
-        load_config(str(path), {'a.c.7': 2})
+        load_config(given(path, **{'a.c.7': 2}))
     path.write_text('a = dict(')
     with pytest.raises(InputError, match='c.py cannot be read.*SyntaxError'):
-        load_config(str(path))
+        load_config(given(path))
 
 
 def test_one_line_errors(capsys, monkeypatch):
@@ -149,12 +162,9 @@ def test_one_line_errors(capsys, monkeypatch):
         raise KeyError('name')
 
 
-def test_prepare_launch_without_a_launcher(monkeypatch):
-    cfg = Config(dict(launcher='none'))
-    prepare_launch(cfg)
-    assert 'model_wrapper_cfg' not in cfg
+def test_launchers_that_cannot_work(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.delenv('RANK', raising=False)
     for launcher, message in (('slurm', 'needs a GPU'), ('pytorch', 'RANK')):
         with pytest.raises(InputError, match=message):
-            prepare_launch(Config(dict(launcher=launcher)))
+            build_runner(Config(dict(launcher=launcher)))

@@ -6,19 +6,18 @@ import os
 import os.path as osp
 
 import mmengine
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, ConfigDict
 from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
-from mmengine.registry import METRICS, RUNNERS
-from mmengine.runner import Runner
+from mmengine.registry import METRICS
 
-import bcn_mm  # noqa: F401  registers the layers
 from bcn_mm.runtime import (
     InputError,
+    add_arguments,
+    build_runner,
     check_match,
     load_config,
     one_line_errors,
-    prepare_launch,
     read_checkpoint,
 )
 
@@ -34,11 +33,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='test config file')
     parser.add_argument('checkpoint', help='checkpoint file')
-    parser.add_argument(
-        '--work-dir',
-        help="where metrics go (default: the config's, else "
-        'work_dirs/NAME_OF_THE_CONFIG)',
-    )
+    add_arguments(parser)
     parser.add_argument(
         '--out',
         help='where predictions go: a .pkl file, or for segmentation also a '
@@ -58,31 +53,9 @@ def parse_args() -> argparse.Namespace:
         help='seconds that --show leaves a picture (%(default)s)',
     )
     parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started this process (%(default)s)',
-    )
-    parser.add_argument(
         '--tta', action='store_true', help='augment at test time'
     )
-    parser.add_argument(
-        '--local_rank',
-        '--local-rank',
-        type=int,
-        default=0,
-        help=argparse.SUPPRESS,
-    )
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parser.parse_args()
 
 
 def visualize(cfg: Config, args: argparse.Namespace) -> None:
@@ -163,15 +136,8 @@ def main() -> None:
     args = parse_args()
     dump = None
     with one_line_errors():
-        cfg = load_config(args.config, args.cfg_options)
-        cfg.launcher = args.launcher
+        cfg = load_config(args)
         cfg.load_from, cfg.resume = args.checkpoint, False
-        if args.work_dir:
-            cfg.work_dir = args.work_dir
-        elif not cfg.get('work_dir'):
-            cfg.work_dir = osp.join(
-                'work_dirs', osp.splitext(osp.basename(args.config))[0]
-            )
         local = '://' not in args.checkpoint
         checkpoint = read_checkpoint(args.checkpoint) if local else None
         if args.show or args.show_dir:
@@ -180,12 +146,7 @@ def main() -> None:
             augment(cfg)
         if args.out:
             add_dump(cfg, args.out)
-        prepare_launch(cfg)
-        runner = (
-            RUNNERS.build(cfg)
-            if 'runner_type' in cfg
-            else Runner.from_cfg(cfg)
-        )
+        runner = build_runner(cfg)
         if local:
             model = getattr(runner.model, 'module', runner.model)
             model = getattr(model, 'module', model) if args.tta else model

@@ -1,20 +1,17 @@
 """Train a detector or a segmenter."""
 
 import argparse
-import os
 import os.path as osp
 
-from mmengine.config import DictAction
-from mmengine.registry import RUNNERS
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 
-import bcn_mm  # noqa: F401  registers the layers
 from bcn_mm.runtime import (
     InputError,
+    add_arguments,
+    build_runner,
     check_match,
     load_config,
     one_line_errors,
-    prepare_launch,
     read_checkpoint,
 )
 
@@ -30,11 +27,7 @@ def parse_args() -> argparse.Namespace:
   torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch""",
     )
     parser.add_argument('config', help='train config file')
-    parser.add_argument(
-        '--work-dir',
-        help="where logs and checkpoints go (default: the config's, else "
-        'work_dirs/NAME_OF_THE_CONFIG)',
-    )
+    add_arguments(parser)
     parser.add_argument(
         '--amp', action='store_true', help='train in mixed precision'
     )
@@ -52,43 +45,12 @@ def parse_args() -> argparse.Namespace:
         help='go on from this checkpoint; without a value, from the newest in '
         'the work directory',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config, e.g. model.backbone.depth=101 '
-        'or model.neck.in_channels="[1,2,3]"',
-    )
-    parser.add_argument(
-        '--launcher',
-        choices=['none', 'pytorch', 'slurm', 'mpi'],
-        default='none',
-        help='what started this process (%(default)s)',
-    )
-    # handed over by launchers that do not set the environment variable
-    parser.add_argument(
-        '--local_rank',
-        '--local-rank',
-        type=int,
-        default=0,
-        help=argparse.SUPPRESS,
-    )
-    args = parser.parse_args()
-    os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
-    return args
+    return parser.parse_args()
 
 
 def configure(args: argparse.Namespace):
     """The config with everything that the arguments say merged in."""
-    cfg = load_config(args.config, args.cfg_options)
-    cfg.launcher = args.launcher
-    if args.work_dir:
-        cfg.work_dir = args.work_dir
-    elif not cfg.get('work_dir'):
-        cfg.work_dir = osp.join(
-            'work_dirs', osp.splitext(osp.basename(args.config))[0]
-        )
+    cfg = load_config(args)
     if args.amp:
         kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
         if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
@@ -126,12 +88,7 @@ def main() -> None:
             and '://' not in source
             else None
         )
-        prepare_launch(cfg)
-        runner = (
-            RUNNERS.build(cfg)
-            if 'runner_type' in cfg
-            else Runner.from_cfg(cfg)
-        )
+        runner = build_runner(cfg)
         if checkpoint and cfg.get('resume'):
             check_match(runner.model, checkpoint, source)
         del checkpoint

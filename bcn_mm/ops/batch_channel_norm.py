@@ -152,25 +152,14 @@ class _BatchChannelNorm(torch.autograd.Function):
         eps,
         batch_statistics,
     ):
-        s = _stages(
-            mean,
-            var,
-            mu,
-            sigma2,
-            batch_weight,
-            batch_bias,
-            weight,
-            num_groups,
-            eps,
-        )
+        known = mean, var, mu, sigma2, batch_weight, batch_bias, weight
+        s = _stages(*known, num_groups, eps)
         at_mean = s.centred * s.inv_group  # the value of y where x = mean
         if weight is not None:
             at_mean = at_mean * weight.view(-1, 1)
         if bias is not None:
             at_mean = at_mean + bias.view(-1, 1)
-        ctx.save_for_backward(
-            x, batch_weight, batch_bias, weight, mean, var, mu, sigma2
-        )
+        ctx.save_for_backward(x, *known)
         ctx.num_groups, ctx.eps = num_groups, eps
         ctx.batch_statistics = batch_statistics
         return affine.apply(x, s.scale, at_mean.view_as(mean) - s.scale * mean)
@@ -178,38 +167,9 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, batch_weight, batch_bias, weight, mean, var, mu, sigma2 = (
-            ctx.saved_tensors
-        )
-        with _autocast_off(x):
-            return _BatchChannelNorm._backward(
-                ctx,
-                dy,
-                x,
-                batch_weight,
-                batch_bias,
-                weight,
-                mean,
-                var,
-                mu,
-                sigma2,
-            )
-
-    @staticmethod
-    def _backward(
-        ctx, dy, x, batch_weight, batch_bias, weight, mean, var, mu, sigma2
-    ):
-        s = _stages(
-            mean,
-            var,
-            mu,
-            sigma2,
-            batch_weight,
-            batch_bias,
-            weight,
-            ctx.num_groups,
-            ctx.eps,
-        )
+        x, *known = ctx.saved_tensors
+        mean, var, mu, _, batch_weight, batch_bias, weight = known
+        s = _stages(*known, ctx.num_groups, ctx.eps)
         n, c = mean.shape
         grouped = s.centred.shape
         length = x.numel() // (n * c)
@@ -218,25 +178,24 @@ class _BatchChannelNorm(torch.autograd.Function):
 
         # channel stage: with z' = z - M,
         # dz = weight inv_group (dy - p - q z'), p and q as below
+        factor = s.factor.view(grouped[1:])
         total_g = total.view(grouped)
-        along_z = (
-            s.factor.view(grouped[1:]) * moment.view(grouped)
-            + s.centred * total_g
-        )  # sum of dy z' per row
+        # row sums of dy z'
+        along_z = factor * moment.view(grouped) + s.centred * total_g
         size = grouped[2] * length
         p = total_g.sum(2, True) / size
         q = along_z.sum(2, True) * s.inv_group.square() / size
         p_row = (p + q * s.centred).view(n, c)
-        q_row = (q * s.factor.view(grouped[1:])).view(n, c)
+        q_row = (q * factor).view(n, c)
         d_weight = d_bias = None
         if weight is not None:
             d_weight = (along_z * s.inv_group).sum((0, 2))
             d_bias = total_g.sum((0, 2))
 
         # batch stage: row sums of dz and of dz (x - mean)
-        z_scale = (
-            s.inv_group if weight is None else s.inv_group * weight.view(-1, 1)
-        )
+        z_scale = s.inv_group
+        if weight is not None:
+            z_scale = z_scale * weight.view(-1, 1)
         z_scale = z_scale.expand(grouped).reshape(n, c)
         dz_total = z_scale * (total - length * p_row)
         dz_moment = z_scale * (moment - length * q_row * var)
@@ -263,7 +222,8 @@ class _BatchChannelNorm(torch.autograd.Function):
             None if batch_bias is None else d_shift,
             d_weight,
             d_bias,
-        ) + (None,) * 7
+            *[None] * 7,
+        )
 
 
 def _autocast_off(x: Tensor):
@@ -381,7 +341,7 @@ def batch_channel_norm(
         dtype = affine.compute_dtype(x)
         x = affine.dense(x)
         with torch.no_grad():
-            mean, var = affine.moments(x.detach())
+            mean, var = affine.moments(x)
             mu, sigma2 = _to(
                 dtype,
                 *_statistics(
