@@ -90,7 +90,7 @@ def call(
         text=True,
         errors='replace',
     )
-    last = ''
+    last, tenths = '', 0
     with (
         Progress(*columns, console=console) as bar,
         log.open('w', buffering=1) as file,
@@ -105,14 +105,14 @@ def call(
                 continue
             # [step/steps], behind [epoch] in a loop by epochs
             *epoch, step, steps = map(int, re.findall(r'\d+', found.group(1)))
-            done = sum(epoch[:1]) * steps - bool(epoch) * steps + step
-            loss = re.search(r' loss: (\S+)', line)
-            bar.update(
-                task,
-                completed=done,
-                total=steps * (passes if epoch else 1),
-                loss=f'loss {loss.group(1)}' if loss else '',
-            )
+            done = step + (epoch[0] - 1) * steps if epoch else step
+            total = steps * (passes if epoch else 1)
+            loss = re.search(r' loss: \S+', line)
+            loss = loss.group() if loss else ''
+            bar.update(task, completed=done, total=total, loss=loss)
+            if not console.is_terminal and 10 * done // total > tenths:
+                tenths = 10 * done // total
+                console.print(f'{what}: {done}/{total}{loss}')
     if process.returncode:
         sys.exit(f'error: {what} failed: {last} (the log is {log})')
 

@@ -45,7 +45,9 @@ class BCN(nn.GroupNorm):
             :func:`bcn_mm.ops.default_num_groups`).
         eps (float): Added to both variances. Default: 1e-5.
         momentum (float, optional): The rate r in [0, 1] at which estimates
-            move; None for the cumulative average. Default: 0.1.
+            move; None for the cumulative average. Default: 0.01, at which
+            an estimate is a mean over some hundred passes: with one image
+            in each, a larger rate makes it noisy.
         affine (bool): Whether both stages have learnable affine parameters.
             Default: True.
         estimate (bool): Whether the batch stage uses running estimates in
@@ -81,7 +83,7 @@ class BCN(nn.GroupNorm):
         num_features: int,
         num_groups: Optional[int] = None,
         eps: float = 1e-5,
-        momentum: Optional[float] = 0.1,
+        momentum: Optional[float] = 0.01,
         affine: bool = True,
         estimate: bool = True,
         device=None,
@@ -222,27 +224,28 @@ class BCN(nn.GroupNorm):
         if has('batch_weight'):
             return None
         for inner in ('bn.', 'pbn.'):
-            if has(inner + 'running_mean'):
-                source = "the authors' layout"
-                for name in ('weight', 'bias'):
-                    if has(name) and state_dict[prefix + name].dim() == 3:
-                        state_dict[prefix + name] = state_dict[
-                            prefix + name
-                        ].flatten()
-                    if has(inner + name):
-                        state_dict[f'{prefix}batch_{name}'] = state_dict.pop(
-                            prefix + inner + name
-                        )
-                for name in (
-                    'running_mean',
-                    'running_var',
-                    'num_batches_tracked',
-                ):
-                    if has(inner + name):
-                        state_dict[prefix + name] = state_dict.pop(
-                            prefix + inner + name
-                        )
-                break
+            if not has(inner + 'running_mean'):
+                continue
+            source = "the authors' layout"
+            for name in ('weight', 'bias'):
+                if has(name) and state_dict[prefix + name].dim() == 3:
+                    value = state_dict[prefix + name]
+                    state_dict[prefix + name] = value.flatten()
+            for name in (
+                'weight',
+                'bias',
+                'running_mean',
+                'running_var',
+                'num_batches_tracked',
+            ):
+                own = name if '_' in name else f'batch_{name}'
+                if has(inner + name):
+                    state_dict[prefix + own] = state_dict.pop(
+                        prefix + inner + name
+                    )
+            # their rate, a setting of the training loop; ours is an argument
+            state_dict.pop(f'{prefix}{inner}estbn_moving_speed', None)
+            break
         else:
             if not has('running_mean'):
                 return None

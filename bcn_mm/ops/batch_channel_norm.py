@@ -249,7 +249,7 @@ def batch_channel_norm(
     bias: Optional[Tensor] = None,
     training: bool = False,
     estimate: bool = True,
-    momentum: Optional[float] = 0.1,
+    momentum: Optional[float] = 0.01,
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
     recent: Optional[RecentEstimates] = None,
@@ -294,7 +294,7 @@ def batch_channel_norm(
         training (bool): Whether estimates move. Default: False.
         estimate (bool): Which batch stage. Default: True.
         momentum (float, optional): The update rate r in [0, 1]; None for the
-            cumulative average of all passes. Default: 0.1.
+            cumulative average of all passes. Default: 0.01.
         eps (float): :math:`\epsilon` of both stages. Default: 1e-5.
         num_batches_tracked (Tensor, optional): An integer scalar, counts the
             training passes.

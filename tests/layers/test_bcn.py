@@ -153,6 +153,27 @@ def test_no_host_synchronisation(estimate):
         assert x.grad.shape == x.shape
 
 
+@pytest.mark.slow
+@MODES
+def test_compiles_without_a_graph_break(estimate):
+    net = nn.Sequential(
+        WSConv2d(4, 8, 3), BCN(8, 2, estimate=estimate), nn.ReLU(inplace=True)
+    )
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net, fullgraph=True)
+    for training in (True, True, False):
+        net.train(training)
+        twin.train(training)
+        x = torch.randn(2, 4, 9, 9)
+        got, want = compiled(x), twin(x)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        got.square().sum().backward()
+        want.square().sum().backward()
+    for p, q in zip(net.parameters(), twin.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(estimates(net), estimates(twin))
+
+
 @MODES
 def test_in_place_activation(estimate):
     layer, relu = BCN(8, 2, estimate=estimate), nn.ReLU(inplace=True)
@@ -441,6 +462,7 @@ def test_authors_state(inner, tracked, log):
     }
     if tracked:
         state[f'n.{inner}.num_batches_tracked'] = torch.tensor(0)
+        state[f'n.{inner}.estbn_moving_speed'] = torch.zeros(1)
     nn.ModuleDict(dict(n=layer)).load_state_dict(state)
     assert same(layer.state_dict(), source.state_dict())
     assert len(log) == 1 and "authors'" in log[0]

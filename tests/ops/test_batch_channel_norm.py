@@ -179,7 +179,13 @@ def test_large_batch_mode_is_batch_norm_then_group_norm():
         bn.train(training)
         x = torch.randn(4, 8, 5, 5) * 2 + 3
         got = batch_channel_norm(
-            x, 2, mean, var, training=training, estimate=False
+            x,
+            2,
+            mean,
+            var,
+            training=training,
+            estimate=False,
+            momentum=0.1,
         )
         torch.testing.assert_close(got, F.group_norm(bn(x), 2))
         torch.testing.assert_close(mean, bn.running_mean)
