@@ -1,4 +1,6 @@
-"""A hook for the tests: what training really starts from."""
+"""What training really starts from, for the tests of ``--resume``."""
+
+from pathlib import Path
 
 import torch
 from mmengine.hooks import Hook
@@ -16,7 +18,32 @@ class DumpState(Hook):
                 model=runner.model.state_dict(),
                 optimizer=runner.optim_wrapper.state_dict(),
                 iter=runner.iter,
-                epoch=runner.epoch,
             ),
             self.path,
         )
+
+
+def dumping(base: Path, folder: Path) -> Path:
+    """A config like ``base`` that dumps to ``start.pth`` in ``folder``."""
+    config = folder / 'dumping.py'
+    config.write_text(
+        f"_base_ = '{base}'\n"
+        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_hooks = [dict(type='DumpState', "
+        f"path='{folder / 'start.pth'}')]\n"
+    )
+    return config
+
+
+def check_dump(folder: Path, checkpoint: Path, iteration: int) -> None:
+    """Assert that training started from exactly that checkpoint."""
+    saved, start = torch.load(checkpoint), torch.load(folder / 'start.pth')
+    assert start['iter'] == iteration
+    assert saved['state_dict'].keys() == start['model'].keys()
+    for name, value in saved['state_dict'].items():
+        assert torch.equal(value, start['model'][name]), name
+    buffers = saved['optimizer']['state']
+    assert buffers.keys() == start['optimizer']['state'].keys()
+    for key, value in buffers.items():
+        begun = start['optimizer']['state'][key]
+        assert torch.equal(value['momentum_buffer'], begun['momentum_buffer'])

@@ -35,7 +35,7 @@ NORMS = {'bcn-ws': 'BCN + WS', 'gn-ws': 'GN + WS', 'bn': 'BN'}
 # What mmengine logs of a step.
 STEP = r'(?:Epoch|Iter)\((?:train|test)\) +((?:\[ *\d+\])?\[ *\d+/ *\d+\])'
 # How many pictures the sheet shows.
-ROWS = 6
+ROWS = 4
 
 
 class Task(NamedTuple):

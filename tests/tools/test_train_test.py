@@ -9,6 +9,7 @@ import mmdet
 import pytest
 import torch
 from conftest import ROOT, run
+from dump_state import check_dump, dumping
 
 pytestmark = pytest.mark.slow
 
@@ -129,29 +130,13 @@ def test_resume_starts_bit_for_bit(trained, shapes, tmp_path, python):
     """From the right step, with every parameter, estimate and momentum."""
     task, folder = trained
     half = checkpoints(folder)[0]
-    config = tmp_path / 'config.py'
-    config.write_text(
-        f"_base_ = '{ROOT / CONFIGS[task]}'\n"
-        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
-        "custom_hooks = [dict(type='DumpState', path='"
-        f"{tmp_path / 'start.pth'}')]\n"
-    )
     python(
-        'tools/train.py', config, '--work-dir', tmp_path, '--resume', half,
-        '--cfg-options', *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
+        'tools/train.py', dumping(ROOT / CONFIGS[task], tmp_path),
+        '--work-dir', tmp_path, '--resume', half, '--cfg-options',
+        *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
         PYTHONPATH=str(ROOT / 'tests'),
     )  # fmt: skip
-    saved, start = torch.load(half), torch.load(tmp_path / 'start.pth')
-    assert start['iter'] == 12
-    assert saved['state_dict'].keys() == start['model'].keys()
-    for name, value in saved['state_dict'].items():
-        assert torch.equal(value, start['model'][name]), name
-    assert saved['optimizer']['state'].keys() == (
-        start['optimizer']['state'].keys()
-    )
-    for key, value in saved['optimizer']['state'].items():
-        buffer = start['optimizer']['state'][key]['momentum_buffer']
-        assert torch.equal(value['momentum_buffer'], buffer)
+    check_dump(tmp_path, half, 12)
     steps = [r['step'] for r in scalars(tmp_path) if 'loss' in r]
     assert steps == [16, 20, 24]
 
