@@ -8,6 +8,8 @@ custom_imports = dict(imports=['bcn_mm'])
 
 norm_cfg = dict(_delete_=True, type='BCN')
 conv_cfg = dict(type='WSConv2d')
+# nine pixels in ten are background
+loss_decode = dict(class_weight=[0.2, 1.0, 1.0, 1.0])
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size=(160, 160)),
@@ -21,6 +23,7 @@ model = dict(
         num_classes=4,
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
+        loss_decode=loss_decode,
     ),
     auxiliary_head=dict(
         in_channels=128,
@@ -28,6 +31,7 @@ model = dict(
         num_classes=4,
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
+        loss_decode=loss_decode,
     ),
 )
 
@@ -87,21 +91,21 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1600, val_interval=1600)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2400, val_interval=2400)
 val_cfg = dict(type='ValLoop')
 test_cfg = dict(type='TestLoop')
 optim_wrapper = dict(
     type='OptimWrapper',
-    optimizer=dict(type='SGD', lr=0.01, momentum=0.9, weight_decay=5e-4),
+    optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=1e-4),
 )
 param_scheduler = [
-    dict(type='PolyLR', eta_min=1e-4, power=0.9, end=1600, by_epoch=False),
+    dict(type='PolyLR', eta_min=1e-4, power=0.9, end=2400, by_epoch=False),
 ]
 default_hooks = dict(
     timer=dict(type='IterTimerHook'),
     logger=dict(type='LoggerHook', interval=100, log_metric_by_epoch=False),
     param_scheduler=dict(type='ParamSchedulerHook'),
-    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=1600),
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2400),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     visualization=dict(type='SegVisualizationHook'),
 )
