@@ -146,6 +146,7 @@ def train_and_test(task: Task, norm: str, args) -> dict:
     )
     minutes = (time.monotonic() - start) / 60
     checkpoint = newest(folder / 'train', '*.pth')
+    begun = time.time()
     call(
         [
             'tools/test.py',
@@ -157,18 +158,22 @@ def train_and_test(task: Task, norm: str, args) -> dict:
             folder / 'pictures',
             '--cfg-options',
             'default_hooks.logger.interval=5',
+            *args.cfg_options,
         ],
         folder / 'test.log',
         f'testing with {NORMS[norm]}',
         environment,
     )
-    metrics = json.loads(newest(folder / 'test', '*/*.json').read_text())
+    # mmdet writes none for a model that finds nothing at all
+    logs = list((folder / 'test').glob('*/*.json'))
+    logs = [f for f in logs if f.stat().st_mtime >= begun]
+    metrics = json.loads(logs[0].read_text()) if logs else {}
     return {
         'norm': NORMS[norm],
         'minutes': minutes,
         'checkpoint': checkpoint,
         'pictures': folder / 'pictures',
-        **{name: metrics[name] for name in task.metrics},
+        **{name: metrics.get(name, 0.0) for name in task.metrics},
     }
 
 
@@ -262,7 +267,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=[],
         metavar='KEY=VALUE',
-        help='override settings of the training, as in tools/train.py',
+        help='override settings of training and test, as in tools/train.py',
     )
     args = parser.parse_args()
     folder = 'shapes-quick' if args.quick else 'shapes'

@@ -83,9 +83,7 @@ def augment(cfg: Config) -> None:
     if cfg.model.get('mask_head') or cfg.model.get('roi_head', {}).get(
         'mask_head'
     ):
-        raise InputError(
-            '--tta: mmdet does not merge masks of augmented views'
-        )
+        raise InputError('--tta: mmdet cannot merge masks of augmented views')
     if 'tta_model' not in cfg:
         if cfg.get('default_scope') != 'mmdet':
             raise InputError('--tta needs tta_model in the config')
