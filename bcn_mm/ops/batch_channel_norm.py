@@ -162,7 +162,12 @@ class _BatchChannelNorm(torch.autograd.Function):
         ctx.save_for_backward(x, *known)
         ctx.num_groups, ctx.eps = num_groups, eps
         ctx.batch_statistics = batch_statistics
-        return affine.apply(x, s.scale, at_mean.view_as(mean) - s.scale * mean)
+        at_mean = at_mean.view_as(mean)
+        if x.shape[2:].numel() == 1:
+            # x is its mean; with no variance the scale is as large as 1 / eps
+            # and scale * x would be all rounding
+            return torch.empty_like(x).copy_(at_mean.view(x.shape))
+        return affine.apply(x, s.scale, at_mean - s.scale * mean)
 
     @staticmethod
     @once_differentiable

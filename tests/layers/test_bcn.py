@@ -98,6 +98,13 @@ def test_one_sample_one_position(estimate):
         assert torch.isfinite(tensor.grad).all()
 
 
+def test_one_value_per_channel_is_exact():
+    """Nothing to normalize: batch statistics leave the bias, to the bit."""
+    layer = BCN(64, num_groups=16, estimate=False)
+    y = layer(torch.randn(1, 64, 1, 1) * 100)
+    assert torch.equal(y, torch.zeros_like(y))
+
+
 @MODES
 @pytest.mark.parametrize('shape', [(0, 8, 7, 7), (2, 8, 0, 4), (0, 8)])
 @pytest.mark.parametrize('dtype', [torch.float, torch.half])

@@ -67,7 +67,9 @@ def test_agrees_with_the_definition(
         got = batch_channel_norm(x, groups, **given, **mode)
         assert got.shape == x.shape and got.dtype == x.dtype
         assert got.stride() == torch.empty_like(x).stride()
-        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+        # the definition itself is as ill-conditioned as the input is large
+        size = max(1.0, x.abs().max().item())
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * size)
         torch.testing.assert_close(
             (given['running_mean'], given['running_var']),
             (mean, var), rtol=1e-10, atol=1e-10,
@@ -83,7 +85,9 @@ def test_agrees_with_the_definition(
             torch.autograd.grad(want, [x, *leaves], dy),
         ):
             scale = max(1.0, b.abs().max().item())
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=slack * scale)
+            torch.testing.assert_close(
+                a, b, rtol=1e-10, atol=slack * scale * size
+            )
 
 
 @pytest.mark.parametrize('mode', MODES)
