@@ -10,7 +10,7 @@ Tensors are ``(N, C, *spatial)``, contiguous or channels-last (:func:`dense`
 makes any other layout contiguous); results keep the layout of ``x``.
 """
 
-from typing import Tuple
+from typing import Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ _aten = torch.ops.aten
 _CANCELLATION = 4.0
 # Elements that such a repair may copy at once (1 MiB of float32).
 _REPAIR_ELEMENTS = 1 << 18
+# Rows up to this length are summed by one native call that reads them once,
+# in one chain of vector additions; longer rows need the cascade of torch.sum.
+_SHORT_ROW = 1 << 12
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -84,14 +87,18 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     if x.device.type != 'cpu' or torch.compiler.is_compiling():
         var, mean = torch.var_mean(x.to(dtype), dim=2, correction=0)
         return mean, var
-    # On the CPU two vectorized reductions beat var_mean twentyfold; where
-    # their difference would cancel, the few rows concerned are done again.
+    # On the CPU sums and sums of squares beat var_mean twentyfold; where their
+    # difference would cancel, the few rows concerned are done again.
     length = x.shape[2]
-    mean = x.sum(dim=2, dtype=dtype).div_(length)
-    norm = torch.linalg.vector_norm(x, dim=2, dtype=dtype)
-    square = mean * mean
-    var = norm.mul_(norm).div_(length).sub_(square)
-    cancelled = square > _CANCELLATION * var
+    if length <= _SHORT_ROW and x.is_contiguous():
+        mean, square = _sums(x, x, None, dtype)
+        mean.div_(length), square.div_(length)
+    else:
+        mean = x.sum(dim=2, dtype=dtype).div_(length)
+        square = torch.linalg.vector_norm(x, dim=2, dtype=dtype)
+        square.mul_(square).div_(length)
+    var = torch.addcmul(square, mean, mean, value=-1)
+    cancelled = square > (_CANCELLATION + 1) * var
     if cancelled.any():
         for index in cancelled.nonzero().split(
             max(1, _REPAIR_ELEMENTS // length)
@@ -129,9 +136,10 @@ def apply(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
             shift.unsqueeze(2), _flat(x), scale.unsqueeze(2), out=_flat(y)
         )
         return y
-    zero, one = _identity(scale)
+    zero = scale.new_zeros(scale.numel())
+    # running statistics 0 and 0 with eps 1 make a batch norm a plain affine
     y = _aten.native_batch_norm(
-        rows, scale.flatten(), shift.flatten(), zero, one, False, 0.0, 0.0
+        rows, scale.flatten(), shift.flatten(), zero, zero, False, 0.0, 1.0
     )[0]
     # not .view(): autograd forbids in-place use (a ReLU, say) of a view that
     # was made inside a Function
@@ -149,27 +157,34 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         tuple[Tensor, Tensor]: two (N, C) tensors of the dtype of ``mean``.
     """
-    rows = _rows(x)
-    if rows is None:
+    if _rows(x) is None:
         dy, x = _flat(dy), _flat(x)
         return (
             dy.sum(dim=2, dtype=mean.dtype),
             (x - mean.unsqueeze(2)).mul_(dy).sum(dim=2),
         )
-    _, one = _identity(mean)
+    return _sums(dy, x, mean, mean.dtype)
+
+
+def _sums(
+    dy: Tensor, x: Tensor, mean: Optional[Tensor], dtype: torch.dtype
+) -> Tuple[Tensor, Tensor]:
+    """:func:`reduce` for an ``x`` that :func:`_rows` can view."""
+    rows = _rows(x)
+    zero = rows.new_zeros(rows.shape[1], dtype=dtype)
     _, centred, plain = _aten.native_batch_norm_backward(
         dy.view(rows.shape),
         rows,
-        one,
-        mean.flatten(),
-        one,
+        None,
+        zero if mean is None else mean.flatten(),
+        zero,
         None,
         None,
         False,
-        0.0,
+        1.0,
         [False, True, True],
     )
-    return plain.view(mean.shape), centred.view(mean.shape)
+    return plain.view(x.shape[:2]), centred.view(x.shape[:2])
 
 
 def apply_add(
@@ -179,8 +194,3 @@ def apply_add(
     out = apply(x, x_scale, shift)
     _flat(out).addcmul_(_flat(dy), dy_scale.unsqueeze(2))
     return out
-
-
-def _identity(like: Tensor) -> Tuple[Tensor, Tensor]:
-    """The running statistics (0, 1) that make a batch norm a plain affine."""
-    return like.new_zeros(like.numel()), like.new_ones(like.numel())

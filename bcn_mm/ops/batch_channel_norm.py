@@ -65,11 +65,13 @@ class RecentEstimates:
         # copies and pickles of a layer start without memories
         return type(self), (self._passes.maxlen,)
 
-    def record(self, batch_mean: Tensor, mean: Tensor, var: Tensor) -> None:
-        self._passes.append((batch_mean, mean, var))
+    def record(
+        self, batch_mean: Tensor, mean: Tensor, inv_std: Tensor
+    ) -> None:
+        self._passes.append((batch_mean, mean, inv_std))
 
     def recall(self, batch_mean: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
-        """The estimates of the pass with this batch mean; None if empty."""
+        """Mean and 1 / std of the pass with this batch mean; None if empty."""
         if not self._passes:
             return None
         if len(self._passes) == 1:
@@ -96,131 +98,139 @@ def _update(
                 'momentum=None, the cumulative average, needs '
                 'num_batches_tracked'
             )
-        momentum = num_batches_tracked.to(batch_mean.dtype).reciprocal()
-    mean = running_mean + momentum * (batch_mean - running_mean)
-    var = running_var + momentum * (batch_var - running_var)
-    mean, var = mean.to(running_mean.dtype), var.to(running_var.dtype)
-    finite = torch.isfinite(mean) & torch.isfinite(var)
-    running_mean.copy_(torch.where(finite, mean, running_mean))
-    running_var.copy_(torch.where(finite, var, running_var))
+        momentum = num_batches_tracked.to(running_mean.dtype).reciprocal()
+    # in the buffers' dtype, where a float16 one may overflow
+    batch_mean = batch_mean.to(running_mean.dtype)
+    batch_var = batch_var.to(running_var.dtype)
+    finite = batch_mean.abs().add_(batch_var) < float('inf')
+    for running, news in (
+        (running_mean, batch_mean),
+        (running_var, batch_var),
+    ):
+        running.lerp_(torch.where(finite, news, running), momentum)
 
 
 class _Stages(NamedTuple):
     """What both passes need to know beside ``x`` and its moments."""
 
-    factor: Tensor  # (C): batch_weight / sqrt(var + eps)
-    inv_std: Tensor  # (C): 1 / sqrt(var + eps)
+    factor: Tensor  # (C): batch_weight / sqrt(batch variance + eps)
+    offset: Tensor  # (N, C): row means of x about the batch stage's mean
     centred: Tensor  # (N, G, D): row means of z about the group mean
     inv_group: Tensor  # (N, G, 1): 1 / sqrt(group variance of z + eps)
-    scale: Tensor  # (N, C): dy/dx with all statistics held fixed
+    gain: Tensor  # (N, G, 1): dy/dz with all statistics held fixed
 
 
 def _stages(
-    mean, var, mu, sigma2, batch_weight, batch_bias, weight, num_groups, eps
+    mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups, eps
 ) -> _Stages:
-    n, c = mean.shape
-    grouped = (n, num_groups, c // num_groups)
-    inv_std = torch.rsqrt(sigma2 + eps)
+    grouped = (mean.shape[0], num_groups, -1)
     factor = inv_std if batch_weight is None else batch_weight * inv_std
-    z = factor * (mean - mu)
-    if batch_bias is not None:
-        z = z + batch_bias
+    offset = mean - mu
+    if batch_bias is None:
+        z = offset * factor
+    else:
+        z = torch.addcmul(batch_bias, offset, factor)
     z = z.view(grouped)
-    centred = z - z.mean(2, keepdim=True)
-    within = (factor.square() * var).view(grouped)
-    inv_group = torch.rsqrt((within + centred.square()).mean(2, True) + eps)
-    scale = inv_group * factor.view(grouped[1:])
-    if weight is not None:
-        scale = scale * weight.view(-1, 1)
-    return _Stages(factor, inv_std, centred, inv_group, scale.view(n, c))
+    centred = z.sub_(z.mean(2, keepdim=True))
+    spread = (var * factor.square()).view(grouped)
+    spread = spread.addcmul_(centred, centred).mean(2, keepdim=True)
+    inv_group = spread.add_(eps).rsqrt_()
+    gain = inv_group if weight is None else inv_group * weight.view(-1, 1)
+    return _Stages(factor, offset, centred, inv_group, gain)
+
+
+def _normalize(
+    x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
+    num_groups, eps,
+) -> Tensor:  # fmt: skip
+    """Both stages, given the moments of ``x`` and the batch statistics."""
+    s = _stages(
+        mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups,
+        eps,
+    )  # fmt: skip
+    # the value of y where x = mean
+    if bias is None:
+        at_mean = s.centred * s.gain
+    else:
+        at_mean = torch.addcmul(bias.view(-1, 1), s.centred, s.gain)
+    at_mean = at_mean.view(mean.shape)
+    if x.shape[2:].numel() == 1:
+        # x is its mean; with no variance the scale is as large as 1 / eps
+        # and scale * x would be all rounding
+        return torch.empty_like(x).copy_(at_mean.view(x.shape))
+    scale = (s.gain * s.factor.view(num_groups, -1)).view(mean.shape)
+    shift = torch.addcmul(at_mean, scale, mean, value=-1)
+    return affine.apply(x, scale, shift)
 
 
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        x,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        mean,
-        var,
-        mu,
-        sigma2,
-        num_groups,
-        eps,
-        batch_statistics,
-    ):
-        known = mean, var, mu, sigma2, batch_weight, batch_bias, weight
-        s = _stages(*known, num_groups, eps)
-        at_mean = s.centred * s.inv_group  # the value of y where x = mean
-        if weight is not None:
-            at_mean = at_mean * weight.view(-1, 1)
-        if bias is not None:
-            at_mean = at_mean + bias.view(-1, 1)
-        ctx.save_for_backward(x, *known)
+        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
+        num_groups, eps, batch_statistics,
+    ):  # fmt: skip
+        ctx.save_for_backward(
+            x, mean, var, mu, inv_std, batch_weight, batch_bias, weight
+        )
         ctx.num_groups, ctx.eps = num_groups, eps
         ctx.batch_statistics = batch_statistics
-        at_mean = at_mean.view_as(mean)
-        if x.shape[2:].numel() == 1:
-            # x is its mean; with no variance the scale is as large as 1 / eps
-            # and scale * x would be all rounding
-            return torch.empty_like(x).copy_(at_mean.view(x.shape))
-        return affine.apply(x, s.scale, at_mean - s.scale * mean)
+        return _normalize(
+            x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
+            num_groups, eps,
+        )  # fmt: skip
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, *known = ctx.saved_tensors
-        mean, var, mu, _, batch_weight, batch_bias, weight = known
+        mean, var, _, inv_std, batch_weight, batch_bias, weight = known
         s = _stages(*known, ctx.num_groups, ctx.eps)
-        n, c = mean.shape
         grouped = s.centred.shape
-        length = x.numel() // (n * c)
-        dy = affine.like(dy, x)
-        total, moment = affine.reduce(dy, x, mean)  # (N, C)
-
-        # channel stage: with z' = z - M,
-        # dz = weight inv_group (dy - p - q z'), p and q as below
         factor = s.factor.view(grouped[1:])
-        total_g = total.view(grouped)
-        # row sums of dy z'
-        along_z = factor * moment.view(grouped) + s.centred * total_g
+        length = x.shape[2:].numel()
+        dy = affine.like(dy, x)
+        total, moment = (
+            t.view(grouped) for t in affine.reduce(dy, x, mean)
+        )
+
+        # channel stage: with z' = z - M, dz = gain (dy - p - q z')
         size = grouped[2] * length
-        p = total_g.sum(2, True) / size
-        q = along_z.sum(2, True) * s.inv_group.square() / size
-        p_row = (p + q * s.centred).view(n, c)
-        q_row = (q * factor).view(n, c)
+        # row sums of dy z'
+        along_z = torch.addcmul(s.centred * total, moment, factor)
+        along_z = along_z.sum(2, keepdim=True)
+        group_total = total.sum(2, keepdim=True)
+        q = s.inv_group.square().mul_(along_z).div_(size)
+        q_row = q * factor
+        p_row = torch.addcmul(group_total / size, s.centred, q)
         d_weight = d_bias = None
         if weight is not None:
-            d_weight = (along_z * s.inv_group).sum((0, 2))
-            d_bias = total_g.sum((0, 2))
+            d_weight = along_z.mul_(s.inv_group).sum((0, 2))
+            d_bias = group_total.sum((0, 2))
 
         # batch stage: row sums of dz and of dz (x - mean)
-        z_scale = s.inv_group
-        if weight is not None:
-            z_scale = z_scale * weight.view(-1, 1)
-        z_scale = z_scale.expand(grouped).reshape(n, c)
-        dz_total = z_scale * (total - length * p_row)
-        dz_moment = z_scale * (moment - length * q_row * var)
-        offset = mean - mu
-        d_shift = dz_total.sum(0)
-        d_factor = s.inv_std * (dz_moment + offset * dz_total).sum(0)
+        dz_total = torch.sub(total, p_row, alpha=length).mul_(s.gain)
+        dz_moment = torch.addcmul(
+            moment, q_row, var.view(grouped), value=-length
+        ).mul_(s.gain)
+        d_shift = dz_total.sum(0).flatten()
+        dz_moment.addcmul_(s.offset.view(grouped), dz_total)
+        d_factor = dz_moment.sum(0).flatten().mul_(inv_std)
 
         # dx = scale dy + x_scale (x - mean) + at_mean
         dx = None
         if ctx.needs_input_grad[0]:
-            x_scale = -s.scale * q_row
-            at_mean = -s.scale * p_row
+            scale = s.gain * -factor
+            x_scale = q_row.mul_(scale).view(mean.shape)
+            at_mean = p_row.mul_(scale).view(mean.shape)
+            scale = scale.neg_().view(mean.shape)
             if ctx.batch_statistics:
-                count = n * length
-                slope = s.factor * s.inv_std * d_factor / count
+                count = mean.shape[0] * length
+                slope = s.factor * inv_std * d_factor / count
                 x_scale = x_scale - slope
-                at_mean = at_mean - s.factor * d_shift / count - slope * offset
-            dx = affine.apply_add(
-                dy, x, s.scale, x_scale, at_mean - x_scale * mean
-            )
+                at_mean = at_mean - s.factor * d_shift / count
+                at_mean.addcmul_(slope, s.offset, value=-1)
+            shift = torch.addcmul(at_mean, x_scale, mean, value=-1)
+            dx = affine.apply_add(dy, x, scale, x_scale, shift)
         return (
             dx,
             None if batch_weight is None else d_factor,
@@ -347,58 +357,46 @@ def batch_channel_norm(
         x = affine.dense(x)
         with torch.no_grad():
             mean, var = affine.moments(x)
-            mu, sigma2 = _to(
-                dtype,
-                *_statistics(
-                    x,
-                    mean,
-                    var,
-                    running_mean,
-                    running_var,
-                    num_batches_tracked,
-                    training,
-                    estimate,
-                    momentum,
-                    recent,
-                ),
+            mu, inv_std = _statistics(
+                x, mean, var, running_mean, running_var, num_batches_tracked,
+                training, estimate, momentum, eps, recent,
+            )  # fmt: skip
+        affines = _to(dtype, *affines)
+        operands = x, *affines, mean, var, mu, inv_std, num_groups, eps
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *affines)
+        ):
+            return _BatchChannelNorm.apply(
+                *operands, training and not estimate
             )
-        return _BatchChannelNorm.apply(
-            x,
-            *_to(dtype, *affines),
-            mean,
-            var,
-            mu,
-            sigma2,
-            num_groups,
-            eps,
-            training and not estimate,
-        )
+        return _normalize(*operands)
 
 
 def _statistics(
-    x,
-    mean,
-    var,
-    running_mean,
-    running_var,
-    num_batches_tracked,
-    training,
-    estimate,
-    momentum,
-    recent,
-) -> Tuple[Tensor, Tensor]:
-    """The mean and variance of the batch stage; moves the running ones."""
+    x, mean, var, running_mean, running_var, num_batches_tracked, training,
+    estimate, momentum, eps, recent,
+) -> Tuple[Tensor, Tensor]:  # fmt: skip
+    """Mean and 1 / std of the batch stage; moves the running statistics."""
+
+    def running():
+        # a copy: a later pass moves the buffer in place, and the backward
+        # pass of this one must not see that
+        return (
+            running_mean.to(mean.dtype, copy=True),
+            (running_var.to(var.dtype) + eps).rsqrt_(),
+        )
+
     if not training:
-        # not the buffers: a later training pass moves them in place, and the
-        # backward pass of this one must not see that
-        return running_mean.clone(), running_var.clone()
-    batch_mean = mean.mean(0)
+        return running()
+    batch_mean = _mean_of_samples(mean)
     repeated = recent is not None and _inside_backward()
     if estimate:
         if repeated:
-            seen = recent.recall(batch_mean)
-            return seen or (running_mean.clone(), running_var.clone())
-        batch_var = (var + (mean - running_mean).square()).mean(0)
+            return recent.recall(batch_mean) or running()
+        about_old = mean - running_mean
+        batch_var = _mean_of_samples(
+            torch.addcmul(var, about_old, about_old)
+        )
         _update(
             running_mean,
             running_var,
@@ -407,11 +405,12 @@ def _statistics(
             batch_var,
             momentum,
         )
-        estimates = running_mean.clone(), running_var.clone()
+        statistics = running()
         if recent is not None:
-            recent.record(batch_mean, *estimates)
-        return estimates
-    batch_var = (var + (mean - batch_mean).square()).mean(0)
+            recent.record(batch_mean, *statistics)
+        return statistics
+    about_mean = mean - batch_mean
+    batch_var = _mean_of_samples(torch.addcmul(var, about_mean, about_mean))
     if not repeated:
         count = x.numel() // x.shape[1]
         _update(
@@ -422,7 +421,11 @@ def _statistics(
             batch_var * (count / max(count - 1, 1)),
             momentum,
         )
-    return batch_mean, batch_var
+    return batch_mean, (batch_var + eps).rsqrt_()
+
+
+def _mean_of_samples(t: Tensor) -> Tensor:
+    return t[0] if t.shape[0] == 1 else t.mean(0)
 
 
 def _inside_backward() -> bool:
