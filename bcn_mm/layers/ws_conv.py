@@ -1,5 +1,6 @@
 """Weight-standardized convolutions."""
 
+import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -25,10 +26,46 @@ class _WSConv:
             )
         self.eps = eps
         self.dialect = dialect
+        self._cached = None
 
     def standardized_weight(self) -> Tensor:
-        """The weight that the convolution is computed with."""
-        return standardize_weight(self.weight, self.eps, self.dialect)
+        """The weight that the convolution is computed with.
+
+        In evaluation mode, where no gradient is asked for, it is computed
+        once and kept until the weight changes, as far as autograd's version
+        counter can tell; after an edit through ``.data``, which torch does
+        not count, call ``eval()`` again.
+        """
+        weight = self.weight
+        if (
+            self.training
+            or (torch.is_grad_enabled() and weight.requires_grad)
+            or weight.is_inference()  # these have no version counter
+            or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()
+        ):
+            return standardize_weight(weight, self.eps, self.dialect)
+        state = (weight._version, self.eps, self.dialect)
+        if self._cached is not None:
+            parameter, memory, at, value = self._cached
+            if weight is parameter and weight.is_set_to(memory) and state == at:
+                return value
+        with torch.inference_mode(False), torch.no_grad():
+            value = standardize_weight(weight, self.eps, self.dialect)
+        self._cached = weight, weight.detach(), state, value
+        return value
+
+    def train(self, mode: bool = True):
+        self._cached = None
+        return super().train(mode)
+
+    def _apply(self, *args, **kwargs):  # .to(), .half(), .cuda()
+        self._cached = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        # copies and pickles start without it
+        return {**self.__dict__, '_cached': None}
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolve ``x`` with the standardized weight."""

@@ -1,12 +1,10 @@
 """Weight Standardization in its three dialects."""
 
-from typing import Tuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import affine
+_aten = torch.ops.aten
 
 #: The divisor of each dialect, over the K = in/groups * prod(kernel) weights
 #: of one output channel, as ``dialect: (unbiased variance, eps under root)``.
@@ -26,49 +24,58 @@ def check_dialect(dialect: str) -> None:
         )
 
 
-def _inverse(
-    var: Tensor, fan: int, eps: float, dialect: str
-) -> Tuple[Tensor, Tensor]:
-    """The factor ``f(var)`` of a dialect, and its derivative."""
-    unbiased, under_root = DIALECTS[dialect]
-    bessel = fan / (fan - 1) if unbiased else 1.0
-    var = var * bessel
-    if under_root:
-        inv = torch.rsqrt(var + eps)
-        return inv, -0.5 * bessel * inv**3
-    std = var.sqrt()
-    inv = 1 / (std + eps)
-    # a constant filter is centred to zero: its variance has no gradient
-    slope = torch.where(std > 0, -0.5 * bessel * inv**2 / std, 0.0)
-    return inv, slope
-
-
 class _StandardizeWeight(torch.autograd.Function):
+    """Filters as the channels of a group norm with one channel per group.
+
+    The native backward takes a mean, a 1 / std and a gain per filter as they
+    come, so one call serves all dialects.
+    """
+
     @staticmethod
     def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
         weight = weight.contiguous()
-        filters = weight.view(1, weight.shape[0], -1)
-        mean, var = affine.moments(filters)
-        inv, _ = _inverse(var, filters.shape[2], eps, dialect)
-        ctx.save_for_backward(weight, mean, var)
-        ctx.eps, ctx.dialect = eps, dialect
-        out = affine.apply(filters, inv, -mean * inv)
-        return torch.ops.aten._unsafe_view(out, weight.shape)
+        out, fan = weight.shape[0], weight[0].numel()
+        unbiased, under_root = DIALECTS[dialect]
+        bessel = fan / (fan - 1) if unbiased else 1.0
+        if under_root:  # bessel * var + eps = bessel * (var + eps / bessel)
+            gain = weight.new_full((out,), bessel**-0.5)
+            floor = eps / bessel
+        else:  # keeps a constant filter finite; below any other's variance
+            gain = None
+            floor = 1e-36 if weight.dtype == torch.float64 else 1e-18
+        result, mean, inv_std = _aten.native_group_norm(
+            weight.view(1, out, fan), gain, None, 1, out, fan, out, floor
+        )
+        if gain is None:  # 1 / (sqrt(bessel) * std + eps) = gain / std
+            gain = (inv_std[0] * eps).add_(bessel**0.5).reciprocal_()
+            result.mul_(gain.view(out, 1))
+        ctx.save_for_backward(weight, mean, inv_std, gain)
+        ctx.root = None if under_root else bessel**0.5
+        return _aten._unsafe_view(result, weight.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        weight, mean, var = ctx.saved_tensors
-        filters = weight.view(1, weight.shape[0], -1)
-        grad = grad.contiguous().view(filters.shape)
-        fan = filters.shape[2]
-        inv, slope = _inverse(var, fan, ctx.eps, ctx.dialect)
-        total, centred = affine.reduce(grad, filters, mean)
-        scale = 2 / fan * slope * centred
-        out = affine.apply_add(
-            grad, filters, inv, scale, -scale * mean - inv * total / fan
-        )
-        return out.view(weight.shape), None, None
+        weight, mean, inv_std, gain = ctx.saved_tensors
+        out, fan = weight.shape[0], weight[0].numel()
+        if ctx.root:
+            # the variance acts through std + eps, not through a root: the
+            # same gradient as with this 1 / std and gain of equal product
+            ratio = (gain * ctx.root).sqrt_()
+            inv_std, gain = inv_std * ratio, gain / ratio
+        grad = _aten.native_group_norm_backward(
+            grad.contiguous().view(1, out, fan),
+            weight.view(1, out, fan),
+            mean,
+            inv_std,
+            gain,
+            1,
+            out,
+            fan,
+            out,
+            [True, False, False],
+        )[0]
+        return grad.view(weight.shape), None, None
 
 
 def standardize_weight(
@@ -117,4 +124,6 @@ def standardize_weight(
             f'weight standardization needs two or more weights per filter, '
             f'but got a weight of shape {tuple(weight.shape)}'
         )
-    return _StandardizeWeight.apply(weight, eps, dialect)
+    # statistics of low precision weights in float32
+    work = weight if weight.dtype == torch.float64 else weight.float()
+    return _StandardizeWeight.apply(work, eps, dialect).to(weight.dtype)

@@ -1,3 +1,6 @@
+import copy
+import pickle
+
 import pytest
 import reference
 import torch
@@ -7,7 +10,7 @@ from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
 
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
-from bcn_mm.ops import DIALECTS
+from bcn_mm.ops import DIALECTS, standardize_weight
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
@@ -66,6 +69,93 @@ def test_built_by_mmcv():
     assert type(block.norm) is BCN and block.conv.bias is None
     block(torch.randn(1, 3, 8, 8)).sum().backward()
     assert torch.isfinite(block.conv.weight.grad).all()
+
+
+def edit_in_place(conv):
+    with torch.no_grad():
+        conv.weight.add_(torch.randn_like(conv.weight))
+
+
+def take_a_step(conv):
+    conv.weight.grad = torch.randn_like(conv.weight)
+    torch.optim.SGD(conv.parameters(), 0.1).step()
+
+
+def replace_memory(conv):
+    conv.weight.data = torch.randn_like(conv.weight)
+
+
+def replace_parameter(conv):
+    conv.weight = nn.Parameter(torch.randn_like(conv.weight))
+
+
+def move_and_back(conv):
+    conv.double()
+    conv.weight.data.mul_(torch.randn_like(conv.weight))
+    conv.float()
+
+
+def edit_data_and_announce(conv):
+    """What mmengine's EMA hook and validation loop do."""
+    conv.weight.data.copy_(torch.randn_like(conv.weight))
+    conv.eval()
+
+
+CHANGES = (
+    edit_in_place,
+    take_a_step,
+    replace_memory,
+    replace_parameter,
+    move_and_back,
+    edit_data_and_announce,
+    lambda conv: conv.load_state_dict(nn.Conv2d(4, 8, 3).state_dict()),
+    lambda conv: conv.load_state_dict(
+        nn.Conv2d(4, 8, 3).state_dict(), assign=True
+    ),
+    lambda conv: setattr(conv, 'dialect', 'var'),
+    lambda conv: setattr(conv, 'eps', 1.0),
+)
+
+
+@pytest.mark.parametrize('change', CHANGES)
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
+def test_evaluation_reuses_the_weight_until_it_changes(change, mode):
+    conv = WSConv2d(4, 8, 3).eval()
+    with mode():
+        first = conv.standardized_weight()
+        assert conv.standardized_weight() is first
+    change(conv)
+    with mode():
+        second = conv.standardized_weight()
+        torch.testing.assert_close(
+            second,
+            standardize_weight(conv.weight, conv.eps, conv.dialect),
+        )
+        assert not torch.allclose(second, first)
+        assert conv.standardized_weight() is second
+
+
+def test_training_and_gradients_never_see_a_kept_weight():
+    conv = WSConv2d(4, 8, 3).eval()
+    x = torch.randn(1, 4, 5, 5)
+    with torch.inference_mode():
+        kept = conv.standardized_weight()
+        want = conv(x)
+    assert conv.standardized_weight().requires_grad  # evaluation with grad
+    conv(x).sum().backward()
+    assert conv.weight.grad.abs().sum() > 0
+    conv.train()
+    with torch.no_grad():
+        assert conv.standardized_weight() is not kept
+    conv.eval().requires_grad_(False)  # a frozen stage
+    y = conv(x.requires_grad_())
+    assert conv.standardized_weight() is conv.standardized_weight()
+    torch.testing.assert_close(y, want)
+    y.sum().backward()
+    assert set(conv.state_dict()) == {'weight', 'bias'}
+    twin = copy.deepcopy(conv)
+    assert conv._cached and not twin._cached
+    assert not pickle.loads(pickle.dumps(conv))._cached
 
 
 def test_bad_arguments():
