@@ -92,15 +92,16 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     length = x.shape[2]
     if length <= _SHORT_ROW and x.is_contiguous():
         mean, square = _sums(x, x, None, dtype)
-        mean.div_(length), square.div_(length)
     else:
-        mean = x.sum(dim=2, dtype=dtype).div_(length)
-        square = torch.linalg.vector_norm(x, dim=2, dtype=dtype)
-        square.mul_(square).div_(length)
+        mean = x.sum(dim=2, dtype=dtype)
+        square = torch.linalg.vector_norm(x, dim=2, dtype=dtype).square_()
+    mean.div_(length)
+    square.div_(length)
     var = torch.addcmul(square, mean, mean, value=-1)
-    cancelled = square > (_CANCELLATION + 1) * var
-    if cancelled.any():
-        for index in cancelled.nonzero().split(
+    # square > (_CANCELLATION + 1) * var
+    cancelled = torch.add(square, var, alpha=-1 - _CANCELLATION)
+    if cancelled.max().item() > 0:
+        for index in (cancelled > 0).nonzero().split(
             max(1, _REPAIR_ELEMENTS // length)
         ):
             n, c = index.unbind(1)

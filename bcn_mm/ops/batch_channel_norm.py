@@ -99,10 +99,13 @@ def _update(
                 'num_batches_tracked'
             )
         momentum = num_batches_tracked.to(running_mean.dtype).reciprocal()
-    # in the buffers' dtype, where a float16 one may overflow
-    batch_mean = batch_mean.to(running_mean.dtype)
-    batch_var = batch_var.to(running_var.dtype)
-    finite = batch_mean.abs().add_(batch_var) < float('inf')
+    # the variance is of values about a mean: finite only if that is
+    finite = batch_var < float('inf')
+    if running_mean.dtype != batch_mean.dtype:
+        # unless the buffers' dtype overflows
+        batch_mean = batch_mean.to(running_mean.dtype)
+        batch_var = batch_var.to(running_var.dtype)
+        finite = (batch_mean.abs() + batch_var) < float('inf')
     for running, news in (
         (running_mean, batch_mean),
         (running_var, batch_var),
@@ -250,7 +253,9 @@ def _autocast_off(x: Tensor):
 
 
 def _to(dtype, *tensors):
-    return [None if t is None else t.to(dtype) for t in tensors]
+    return [
+        t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors
+    ]
 
 
 def batch_channel_norm(
@@ -381,10 +386,8 @@ def _statistics(
     def running():
         # a copy: a later pass moves the buffer in place, and the backward
         # pass of this one must not see that
-        return (
-            running_mean.to(mean.dtype, copy=True),
-            (running_var.to(var.dtype) + eps).rsqrt_(),
-        )
+        mu, sigma2 = _to(mean.dtype, running_mean.clone(), running_var)
+        return mu, (sigma2 + eps).rsqrt_()
 
     if not training:
         return running()

@@ -1,0 +1,231 @@
+"""What the benchmarks share: interleaved timing, memory, what ran on what."""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Callable, Dict, Sequence
+
+import matplotlib
+import numpy as np
+import torch
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
+
+
+def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
+    """The arguments that every benchmark has."""
+    parser.add_argument(
+        '--rounds',
+        type=int,
+        default=rounds,
+        help='how often everything is measured in turn; medians are reported '
+        '(%(default)s)',
+    )
+    parser.add_argument(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='(%(default)s)',
+    )
+    parser.add_argument(
+        '--threads',
+        type=int,
+        default=torch.get_num_threads(),
+        help='of the CPU (%(default)s)',
+    )
+    parser.add_argument(
+        '--out', type=Path, metavar='FILE.json', help='write all numbers here'
+    )
+    parser.add_argument(
+        '--plot', type=Path, metavar='FILE.png', help='draw the ratios here'
+    )
+
+
+def prepare(args: argparse.Namespace) -> dict:
+    """Apply the shared arguments; returns a description of the machine."""
+    if args.rounds < 1 or args.threads < 1:
+        raise ValueError('--rounds and --threads must be at least 1')
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if device.type == 'cuda':
+        if not torch.cuda.is_available():
+            raise ValueError('--device cuda: this torch sees no GPU')
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = _cpu_name()
+    return dict(
+        device=name,
+        threads=args.threads,
+        torch=torch.__version__,
+        rounds=args.rounds,
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (x.split(':')[1].strip() for x in lines if 'model name' in x)
+    return next(names, platform.machine())
+
+
+def progress_bar() -> Progress:
+    return Progress(
+        TextColumn('{task.description}'),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+
+
+class Clock:
+    """Takes times on the device: a stamp costs no synchronisation."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = torch.device(device).type == 'cuda'
+
+    def stamp(self):
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, stamps: Sequence) -> list:
+        """The times between consecutive stamps."""
+        pairs = zip(stamps, stamps[1:])
+        if not self.cuda:
+            return [b - a for a, b in pairs]
+        stamps[-1].synchronize()
+        return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+
+
+def interleave(
+    steps: Dict[str, Callable[[], Sequence[float]]],
+    rounds: int,
+    advance: Callable[[], None],
+    warmup: int = 2,
+) -> Dict[str, np.ndarray]:
+    """Call every step once a round, in turning order.
+
+    Args:
+        steps (dict): Functions that return the seconds of their phases.
+        rounds (int): How many rounds count.
+        advance (callable): Called after each round.
+        warmup (int): Rounds before them that do not.
+
+    Returns:
+        dict[str, ndarray]: the median of every phase, in seconds.
+    """
+    times = {name: [] for name in steps}
+    names = list(steps)
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for r in range(-warmup, rounds):
+            turn = r % len(names)
+            for name in names[turn:] + names[:turn]:
+                seconds = steps[name]()
+                if r >= 0:
+                    times[name].append(seconds)
+            advance()
+    finally:
+        if collecting:
+            gc.enable()
+    return {k: np.median(np.array(v), axis=0) for k, v in times.items()}
+
+
+def peak_memory(function: Callable[[], None], device: str) -> int:
+    """The most bytes of tensors that a call holds beyond those before it."""
+    if torch.device(device).type == 'cuda':
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    # the CPU's allocator keeps no peak: add up what the profiler saw it do
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(
+        activities=activities, profile_memory=True
+    ) as profile:
+        function()
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'trace.json')
+        profile.export_chrome_trace(path)
+        with open(path) as file:
+            events = json.load(file)['traceEvents']
+    changes = [
+        (e['ts'], e['args']['Bytes'])
+        for e in events
+        if e.get('name') == '[memory]' and e['args']['Device Type'] == 0
+    ]
+    changes.sort(key=lambda change: change[0])
+    return max(0, int(np.cumsum([b for _, b in changes] or [0]).max()))
+
+
+def bytes_kept(function: Callable[[], None], module: torch.nn.Module) -> int:
+    """What autograd keeps for the backward pass, parameters excepted."""
+    own = {t.data_ptr() for t in module.parameters()}
+    kept = {}
+
+    def pack(t):
+        if t.data_ptr() not in own:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        function()
+    return sum(kept.values())
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return float(np.exp(np.mean(np.log(values))))
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + '.part')
+    draft.write_text(json.dumps(content, indent=1) + '\n')
+    draft.replace(path)
+
+
+def draw_bars(
+    path: Path, rows: Sequence[str], bars: Dict[str, list], title: str
+) -> None:
+    """Horizontal bars of ratios, one group a row, a line at one."""
+    figure, axis = plt.subplots(
+        figsize=(8, 1 + 0.22 * len(rows) * (len(bars) + 1)),
+        layout='constrained',
+    )
+    height = 0.8 / len(bars)
+    for i, (name, values) in enumerate(bars.items()):
+        y = np.arange(len(rows)) + (i - (len(bars) - 1) / 2) * height
+        axis.barh(y, values, height, label=name)
+    axis.axvline(1, color='black', linewidth=0.8)
+    axis.set_yticks(np.arange(len(rows)), rows)
+    axis.invert_yaxis()
+    axis.set_xscale('log')
+    axis.set_xlabel(title)
+    axis.legend(fontsize='small')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.stem + '.part' + path.suffix)
+    figure.savefig(draft, dpi=120)
+    plt.close(figure)
+    draft.replace(path)
