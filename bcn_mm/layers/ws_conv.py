@@ -47,8 +47,12 @@ class _WSConv:
             return standardize_weight(weight, self.eps, self.dialect)
         state = (weight._version, self.eps, self.dialect)
         if self._cached is not None:
-            parameter, memory, at, value = self._cached
-            if weight is parameter and weight.is_set_to(memory) and state == at:
+            parameter, memory, then, value = self._cached
+            if (
+                weight is parameter
+                and weight.is_set_to(memory)
+                and state == then
+            ):
                 return value
         with torch.inference_mode(False), torch.no_grad():
             value = standardize_weight(weight, self.eps, self.dialect)

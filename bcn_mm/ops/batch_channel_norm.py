@@ -9,6 +9,7 @@ kept for the backward pass.
 
 from collections import deque
 from contextlib import nullcontext
+from functools import cache
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -166,17 +167,101 @@ def _normalize(
     return affine.apply(x, scale, shift)
 
 
+def _forward(
+    x, batch_weight, batch_bias, weight, bias, num_groups, *settings
+) -> Tuple[Tensor, ...]:
+    """Both passes of the forward direction, to be compiled as one."""
+    statistics = _statistics(x, *settings)
+    affines = batch_weight, batch_bias, weight, bias
+    y = _normalize(x, *affines, *statistics, num_groups, settings[-1])
+    return y, *statistics
+
+
+def _backward(
+    dy, x, mean, var, mu, inv_std, batch_weight, batch_bias, weight,
+    num_groups, eps, batch_statistics, input_gradient,
+) -> Tuple[Optional[Tensor], ...]:  # fmt: skip
+    """The gradients of x and of the four affine parameters."""
+    s = _stages(
+        mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups,
+        eps,
+    )  # fmt: skip
+    grouped = s.centred.shape
+    factor = s.factor.view(grouped[1:])
+    length = x.shape[2:].numel()
+    total, moment = (t.view(grouped) for t in affine.reduce(dy, x, mean))
+
+    # channel stage: with z' = z - M, dz = gain (dy - p - q z')
+    size = grouped[2] * length
+    # row sums of dy z'
+    along_z = torch.addcmul(s.centred * total, moment, factor)
+    along_z = along_z.sum(2, keepdim=True)
+    group_total = total.sum(2, keepdim=True)
+    q = s.inv_group.square().mul_(along_z).div_(size)
+    q_row = q * factor
+    p_row = torch.addcmul(group_total / size, s.centred, q)
+    d_weight = d_bias = None
+    if weight is not None:
+        d_weight = along_z.mul_(s.inv_group).sum((0, 2))
+        d_bias = group_total.sum((0, 2))
+
+    # batch stage: row sums of dz and of dz (x - mean)
+    dz_total = torch.sub(total, p_row, alpha=length).mul_(s.gain)
+    dz_moment = torch.addcmul(
+        moment, q_row, var.view(grouped), value=-length
+    ).mul_(s.gain)
+    d_shift = dz_total.sum(0).flatten()
+    dz_moment.addcmul_(s.offset.view(grouped), dz_total)
+    d_factor = dz_moment.sum(0).flatten().mul_(inv_std)
+
+    # dx = scale dy + x_scale (x - mean) + at_mean
+    dx = None
+    if input_gradient:
+        scale = s.gain * -factor
+        x_scale = q_row.mul_(scale).view(mean.shape)
+        at_mean = p_row.mul_(scale).view(mean.shape)
+        scale = scale.neg_().view(mean.shape)
+        if batch_statistics:
+            count = mean.shape[0] * length
+            slope = s.factor * inv_std * d_factor / count
+            x_scale = x_scale - slope
+            at_mean = at_mean - s.factor * d_shift / count
+            at_mean.addcmul_(slope, s.offset, value=-1)
+        shift = torch.addcmul(at_mean, x_scale, mean, value=-1)
+        dx = affine.apply_add(dy, x, scale, x_scale, shift)
+    return (
+        dx,
+        None if batch_weight is None else d_factor,
+        None if batch_bias is None else d_shift,
+        d_weight,
+        d_bias,
+    )
+
+
+@cache
+def _compiled():
+    """The two passes, each fused into one kernel for each kind of input."""
+    return (
+        torch.compile(_forward, dynamic=True),
+        torch.compile(_backward, dynamic=True),
+    )
+
+
 class _BatchChannelNorm(torch.autograd.Function):
+    """Attaches the backward pass to ``y``, or computes that too."""
+
     @staticmethod
     def forward(
         ctx, x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-        num_groups, eps, batch_statistics,
+        y, num_groups, eps, batch_statistics, backward,
     ):  # fmt: skip
         ctx.save_for_backward(
             x, mean, var, mu, inv_std, batch_weight, batch_bias, weight
         )
-        ctx.num_groups, ctx.eps = num_groups, eps
-        ctx.batch_statistics = batch_statistics
+        ctx.settings = num_groups, eps, batch_statistics
+        ctx.backward = backward
+        if y is not None:
+            return y.detach()  # an argument may not be returned as it is
         return _normalize(
             x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
             num_groups, eps,
@@ -186,62 +271,11 @@ class _BatchChannelNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, *known = ctx.saved_tensors
-        mean, var, _, inv_std, batch_weight, batch_bias, weight = known
-        s = _stages(*known, ctx.num_groups, ctx.eps)
-        grouped = s.centred.shape
-        factor = s.factor.view(grouped[1:])
-        length = x.shape[2:].numel()
-        dy = affine.like(dy, x)
-        total, moment = (
-            t.view(grouped) for t in affine.reduce(dy, x, mean)
-        )
-
-        # channel stage: with z' = z - M, dz = gain (dy - p - q z')
-        size = grouped[2] * length
-        # row sums of dy z'
-        along_z = torch.addcmul(s.centred * total, moment, factor)
-        along_z = along_z.sum(2, keepdim=True)
-        group_total = total.sum(2, keepdim=True)
-        q = s.inv_group.square().mul_(along_z).div_(size)
-        q_row = q * factor
-        p_row = torch.addcmul(group_total / size, s.centred, q)
-        d_weight = d_bias = None
-        if weight is not None:
-            d_weight = along_z.mul_(s.inv_group).sum((0, 2))
-            d_bias = group_total.sum((0, 2))
-
-        # batch stage: row sums of dz and of dz (x - mean)
-        dz_total = torch.sub(total, p_row, alpha=length).mul_(s.gain)
-        dz_moment = torch.addcmul(
-            moment, q_row, var.view(grouped), value=-length
-        ).mul_(s.gain)
-        d_shift = dz_total.sum(0).flatten()
-        dz_moment.addcmul_(s.offset.view(grouped), dz_total)
-        d_factor = dz_moment.sum(0).flatten().mul_(inv_std)
-
-        # dx = scale dy + x_scale (x - mean) + at_mean
-        dx = None
-        if ctx.needs_input_grad[0]:
-            scale = s.gain * -factor
-            x_scale = q_row.mul_(scale).view(mean.shape)
-            at_mean = p_row.mul_(scale).view(mean.shape)
-            scale = scale.neg_().view(mean.shape)
-            if ctx.batch_statistics:
-                count = mean.shape[0] * length
-                slope = s.factor * inv_std * d_factor / count
-                x_scale = x_scale - slope
-                at_mean = at_mean - s.factor * d_shift / count
-                at_mean.addcmul_(slope, s.offset, value=-1)
-            shift = torch.addcmul(at_mean, x_scale, mean, value=-1)
-            dx = affine.apply_add(dy, x, scale, x_scale, shift)
-        return (
-            dx,
-            None if batch_weight is None else d_factor,
-            None if batch_bias is None else d_shift,
-            d_weight,
-            d_bias,
-            *[None] * 7,
-        )
+        gradients = ctx.backward(
+            affine.like(dy, x), x, *known, *ctx.settings,
+            ctx.needs_input_grad[0],
+        )  # fmt: skip
+        return (*gradients, *[None] * 9)
 
 
 def _autocast_off(x: Tensor):
@@ -273,6 +307,7 @@ def batch_channel_norm(
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
     recent: Optional[RecentEstimates] = None,
+    compiled: bool = False,
 ) -> Tensor:
     r"""Batch-Channel Normalization.
 
@@ -322,6 +357,9 @@ def batch_channel_norm(
             activation checkpointing is exact: a forward pass that autograd
             repeats inside a backward pass moves nothing and sees the
             estimates of the pass that it repeats.
+        compiled (bool): Whether each pass is fused by ``torch.compile``,
+            which takes a C++ compiler and some seconds for the first input of
+            a kind. A recomputation is not fused. Default: False.
 
     Returns:
         Tensor: of the shape, dtype and memory layout of ``x``,
@@ -357,74 +395,99 @@ def batch_channel_norm(
         # stay in the graph, so that every parameter gets its zero gradient
         anchor = sum(0 * p.sum() for p in affines if p is not None)
         return (x + anchor).to(x.dtype)
+    settings = (
+        running_mean, running_var, num_batches_tracked, training, estimate,
+        momentum, eps,
+    )  # fmt: skip
+    if torch.compiler.is_compiling():
+        # what is traced is fused anyway, and is not recomputed by calls
+        compiled, recent = False, None
+    memory = recent if estimate else None
+    repeats = training and recent is not None and _inside_backward()
     with _autocast_off(x):
-        dtype = affine.compute_dtype(x)
         x = affine.dense(x)
+        affines = _to(affine.compute_dtype(x), *affines)
         with torch.no_grad():
-            mean, var = affine.moments(x)
-            mu, inv_std = _statistics(
-                x, mean, var, running_mean, running_var, num_batches_tracked,
-                training, estimate, momentum, eps, recent,
-            )  # fmt: skip
-        affines = _to(dtype, *affines)
-        operands = x, *affines, mean, var, mu, inv_std, num_groups, eps
+            y, backward = None, _backward
+            if compiled and not repeats:
+                forward, backward = _compiled()
+                y, *statistics = forward(x, *affines, num_groups, *settings)
+            else:
+                statistics = _statistics(x, *settings, repeats, memory)
+            if training and memory is not None and not repeats:
+                mean, _, *estimates = statistics
+                memory.record(_mean_of_samples(mean), *estimates)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affines)
         ):
             return _BatchChannelNorm.apply(
-                *operands, training and not estimate
-            )
-        return _normalize(*operands)
+                x, *affines, *statistics, y, num_groups, eps,
+                training and not estimate, backward,
+            )  # fmt: skip
+        if y is not None:
+            return y
+        return _normalize(x, *affines, *statistics, num_groups, eps)
+
+
+@torch.library.custom_op('bcn_mm::snapshot', mutates_args=())
+def _snapshot(t: Tensor) -> Tensor:
+    """A clone that compilers must keep for the backward pass.
+
+    AOTAutograd recomputes there what is cheap, and takes no notice that the
+    buffers which estimates are computed from have moved by then.
+    """
+    return t.clone()
+
+
+_snapshot.register_fake(torch.empty_like)
 
 
 def _statistics(
-    x, mean, var, running_mean, running_var, num_batches_tracked, training,
-    estimate, momentum, eps, recent,
-) -> Tuple[Tensor, Tensor]:  # fmt: skip
-    """Mean and 1 / std of the batch stage; moves the running statistics."""
+    x, running_mean, running_var, num_batches_tracked, training, estimate,
+    momentum, eps, repeats=False, memory=None,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The moments of ``x``, and mean and 1 / std of the batch stage.
+
+    Moves the running statistics, unless it ``repeats`` a pass that is in the
+    layer's ``memory``.
+    """
+    mean, var = affine.moments(x)
 
     def running():
         # a copy: a later pass moves the buffer in place, and the backward
         # pass of this one must not see that
-        mu, sigma2 = _to(mean.dtype, running_mean.clone(), running_var)
-        return mu, (sigma2 + eps).rsqrt_()
+        mu, sigma2 = running_mean, running_var
+        if training and torch.compiler.is_compiling():
+            mu, sigma2 = _snapshot(mu), _snapshot(sigma2)
+        else:
+            mu = mu.clone()
+        mu, sigma2 = _to(mean.dtype, mu, sigma2)
+        return mean, var, mu, (sigma2 + eps).rsqrt_()
 
     if not training:
         return running()
     batch_mean = _mean_of_samples(mean)
-    repeated = recent is not None and _inside_backward()
+    if repeats and memory is not None:
+        recalled = memory.recall(batch_mean)
+        return (mean, var, *recalled) if recalled else running()
+    about = mean - (running_mean if estimate else batch_mean)
+    batch_var = _mean_of_samples(torch.addcmul(var, about, about))
+    if not repeats:
+        news = batch_var
+        if not estimate:  # unbiased, as in nn.BatchNorm2d
+            count = x.numel() // x.shape[1]
+            news = batch_var * (count / max(count - 1, 1))
+        _update(
+            running_mean,
+            running_var,
+            num_batches_tracked,
+            batch_mean,
+            news,
+            momentum,
+        )
     if estimate:
-        if repeated:
-            return recent.recall(batch_mean) or running()
-        about_old = mean - running_mean
-        batch_var = _mean_of_samples(
-            torch.addcmul(var, about_old, about_old)
-        )
-        _update(
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            batch_mean,
-            batch_var,
-            momentum,
-        )
-        statistics = running()
-        if recent is not None:
-            recent.record(batch_mean, *statistics)
-        return statistics
-    about_mean = mean - batch_mean
-    batch_var = _mean_of_samples(torch.addcmul(var, about_mean, about_mean))
-    if not repeated:
-        count = x.numel() // x.shape[1]
-        _update(
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            batch_mean,
-            batch_var * (count / max(count - 1, 1)),
-            momentum,
-        )
-    return batch_mean, (batch_var + eps).rsqrt_()
+        return running()
+    return mean, var, batch_mean, (batch_var + eps).rsqrt_()
 
 
 def _mean_of_samples(t: Tensor) -> Tensor:
@@ -433,7 +496,4 @@ def _mean_of_samples(t: Tensor) -> Tensor:
 
 def _inside_backward() -> bool:
     """Whether autograd is running this forward pass, to recompute it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._current_graph_task_id() != -1
-    )
+    return torch._C._current_graph_task_id() != -1
