@@ -52,10 +52,6 @@ class BCN(nn.GroupNorm):
             Default: True.
         estimate (bool): Whether the batch stage uses running estimates in
             training too. Default: True.
-        compiled (bool): Whether ``torch.compile`` fuses the layer's passes,
-            for a model that is not compiled as a whole. It needs a C++
-            compiler (on a GPU, Triton) and takes some seconds for the first
-            input of a kind. Default: False.
         device (torch.device, optional): Of parameters and buffers.
         dtype (torch.dtype, optional): Likewise.
 
@@ -90,7 +86,6 @@ class BCN(nn.GroupNorm):
         momentum: Optional[float] = 0.01,
         affine: bool = True,
         estimate: bool = True,
-        compiled: bool = False,
         device=None,
         dtype=None,
     ) -> None:
@@ -117,7 +112,6 @@ class BCN(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps=eps, affine=False)
         self.momentum = momentum
         self.estimate = estimate
-        self.compiled = compiled
         self.affine = affine
         factory = dict(device=device, dtype=dtype)
         for name, size in (
@@ -182,7 +176,6 @@ class BCN(nn.GroupNorm):
             eps=self.eps,
             num_batches_tracked=self.num_batches_tracked,
             recent=self._recent,
-            compiled=self.compiled,
         )
 
     def extra_repr(self) -> str:

@@ -9,7 +9,6 @@ kept for the backward pass.
 
 from collections import deque
 from contextlib import nullcontext
-from functools import cache
 from typing import NamedTuple, Optional, Tuple
 
 import torch
@@ -167,16 +166,6 @@ def _normalize(
     return affine.apply(x, scale, shift)
 
 
-def _forward(
-    x, batch_weight, batch_bias, weight, bias, num_groups, *settings
-) -> Tuple[Tensor, ...]:
-    """Both passes of the forward direction, to be compiled as one."""
-    statistics = _statistics(x, *settings)
-    affines = batch_weight, batch_bias, weight, bias
-    y = _normalize(x, *affines, *statistics, num_groups, settings[-1])
-    return y, *statistics
-
-
 def _backward(
     dy, x, mean, var, mu, inv_std, batch_weight, batch_bias, weight,
     num_groups, eps, batch_statistics, input_gradient,
@@ -238,30 +227,16 @@ def _backward(
     )
 
 
-@cache
-def _compiled():
-    """The two passes, each fused into one kernel for each kind of input."""
-    return (
-        torch.compile(_forward, dynamic=True),
-        torch.compile(_backward, dynamic=True),
-    )
-
-
 class _BatchChannelNorm(torch.autograd.Function):
-    """Attaches the backward pass to ``y``, or computes that too."""
-
     @staticmethod
     def forward(
         ctx, x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-        y, num_groups, eps, batch_statistics, backward,
+        num_groups, eps, batch_statistics,
     ):  # fmt: skip
         ctx.save_for_backward(
             x, mean, var, mu, inv_std, batch_weight, batch_bias, weight
         )
         ctx.settings = num_groups, eps, batch_statistics
-        ctx.backward = backward
-        if y is not None:
-            return y.detach()  # an argument may not be returned as it is
         return _normalize(
             x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
             num_groups, eps,
@@ -271,11 +246,11 @@ class _BatchChannelNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         x, *known = ctx.saved_tensors
-        gradients = ctx.backward(
+        gradients = _backward(
             affine.like(dy, x), x, *known, *ctx.settings,
             ctx.needs_input_grad[0],
         )  # fmt: skip
-        return (*gradients, *[None] * 9)
+        return (*gradients, *[None] * 7)
 
 
 def _autocast_off(x: Tensor):
@@ -307,7 +282,6 @@ def batch_channel_norm(
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
     recent: Optional[RecentEstimates] = None,
-    compiled: bool = False,
 ) -> Tensor:
     r"""Batch-Channel Normalization.
 
@@ -357,9 +331,6 @@ def batch_channel_norm(
             activation checkpointing is exact: a forward pass that autograd
             repeats inside a backward pass moves nothing and sees the
             estimates of the pass that it repeats.
-        compiled (bool): Whether each pass is fused by ``torch.compile``,
-            which takes a C++ compiler and some seconds for the first input of
-            a kind. A recomputation is not fused. Default: False.
 
     Returns:
         Tensor: of the shape, dtype and memory layout of ``x``,
@@ -395,37 +366,25 @@ def batch_channel_norm(
         # stay in the graph, so that every parameter gets its zero gradient
         anchor = sum(0 * p.sum() for p in affines if p is not None)
         return (x + anchor).to(x.dtype)
-    settings = (
-        running_mean, running_var, num_batches_tracked, training, estimate,
-        momentum, eps,
-    )  # fmt: skip
     if torch.compiler.is_compiling():
-        # what is traced is fused anyway, and is not recomputed by calls
-        compiled, recent = False, None
+        recent = None  # what is traced is not recomputed by calls
     memory = recent if estimate else None
     repeats = training and recent is not None and _inside_backward()
     with _autocast_off(x):
         x = affine.dense(x)
         affines = _to(affine.compute_dtype(x), *affines)
         with torch.no_grad():
-            y, backward = None, _backward
-            if compiled and not repeats:
-                forward, backward = _compiled()
-                y, *statistics = forward(x, *affines, num_groups, *settings)
-            else:
-                statistics = _statistics(x, *settings, repeats, memory)
-            if training and memory is not None and not repeats:
-                mean, _, *estimates = statistics
-                memory.record(_mean_of_samples(mean), *estimates)
+            statistics = _statistics(
+                x, running_mean, running_var, num_batches_tracked, training,
+                estimate, momentum, eps, repeats, memory,
+            )  # fmt: skip
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affines)
         ):
             return _BatchChannelNorm.apply(
-                x, *affines, *statistics, y, num_groups, eps,
-                training and not estimate, backward,
+                x, *affines, *statistics, num_groups, eps,
+                training and not estimate,
             )  # fmt: skip
-        if y is not None:
-            return y
         return _normalize(x, *affines, *statistics, num_groups, eps)
 
 
@@ -448,8 +407,8 @@ def _statistics(
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The moments of ``x``, and mean and 1 / std of the batch stage.
 
-    Moves the running statistics, unless it ``repeats`` a pass that is in the
-    layer's ``memory``.
+    Moves the running statistics, unless it ``repeats`` a pass that may be in
+    the layer's ``memory``.
     """
     mean, var = affine.moments(x)
 
@@ -467,7 +426,7 @@ def _statistics(
     if not training:
         return running()
     batch_mean = _mean_of_samples(mean)
-    if repeats and memory is not None:
+    if estimate and repeats:
         recalled = memory.recall(batch_mean)
         return (mean, var, *recalled) if recalled else running()
     about = mean - (running_mean if estimate else batch_mean)
@@ -486,7 +445,10 @@ def _statistics(
             momentum,
         )
     if estimate:
-        return running()
+        statistics = running()
+        if memory is not None:
+            memory.record(batch_mean, *statistics[2:])
+        return statistics
     return mean, var, batch_mean, (batch_var + eps).rsqrt_()
 
 

@@ -181,47 +181,6 @@ def test_compiles_without_a_graph_break(estimate):
     torch.testing.assert_close(estimates(net), estimates(twin))
 
 
-@pytest.mark.slow
-@MODES
-def test_compiled_layer_agrees(estimate):
-    """...with the eager one, over inputs of several kinds, in both phases."""
-    eager = randomize(BCN(8, 2, estimate=estimate, momentum=0.3))
-    fused = copy.deepcopy(eager)
-    fused.compiled = True
-    for shape in ((1, 8, 9, 7), (1, 8, 5, 4), (3, 8, 5, 4), (2, 8)):
-        x = torch.randn(shape)
-        dy = torch.randn(shape)
-        results = []
-        for layer in (eager, fused):
-            layer.train()
-            leaf = x.clone().requires_grad_()
-            y = nn.ReLU(inplace=True)(layer(leaf))
-            y.backward(dy)
-            grads = [p.grad.clone() for p in layer.parameters()]
-            layer.zero_grad()
-            with torch.no_grad():
-                late = layer.eval()(x)
-            results.append((y, late, leaf.grad, grads, estimates(layer)))
-        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
-    with torch.no_grad():
-        x = torch.randn(1, 8, 9, 7)
-        assert not fused(x).requires_grad and not fused(x)._is_view()
-
-
-@pytest.mark.slow
-def test_compiled_layer_under_activation_checkpointing():
-    layers = nn.Sequential(
-        BCN(8, 2, momentum=0.5, compiled=True), nn.ReLU(), BCN(8, 4)
-    )
-    inputs = [torch.randn(1, 8, 9, 9) * 2**i + i for i in range(3)]
-    plain = forward_backward(layers, inputs, lambda f, x: f(x))
-    inputs = [x.requires_grad_() for x in inputs]
-    recomputed = forward_backward(
-        layers, inputs, lambda f, x: checkpoint(f, x, use_reentrant=False)
-    )
-    torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-4)
-
-
 @MODES
 def test_in_place_activation(estimate):
     """mmdet's ReLU works in place, which autograd allows on no view."""

@@ -88,7 +88,6 @@ LAYERS = {
     'BN': nn.BatchNorm2d,
     'BCN': lambda c: BCN(c, GROUPS),
     'BCN large-batch': lambda c: BCN(c, GROUPS, estimate=False),
-    'BCN compiled': lambda c: BCN(c, GROUPS, compiled=True),
     'paper in torch ops': Formulation,
     'the same compiled': compiled,
 }
