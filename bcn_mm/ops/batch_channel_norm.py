@@ -403,7 +403,7 @@ _snapshot.register_fake(torch.empty_like)
 
 def _statistics(
     x, running_mean, running_var, num_batches_tracked, training, estimate,
-    momentum, eps, repeats=False, memory=None,
+    momentum, eps, repeats, memory,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The moments of ``x``, and mean and 1 / std of the batch stage.
 

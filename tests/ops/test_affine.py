@@ -12,7 +12,9 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-@pytest.mark.parametrize('shape', [(1, 5, 3, 4), (3, 5, 3, 4), (2, 4, 1, 1)])
+@pytest.mark.parametrize(
+    'shape', [(1, 5, 3, 4), (3, 5, 3, 4), (2, 4, 1, 1), (1, 3, 80, 60)]
+)  # fmt: skip
 @pytest.mark.parametrize('ratio', [0, 3, 1e2, 1e5])
 def test_moments_do_not_cancel(layout, shape, ratio):
     x = LAYOUTS[layout](torch.randn(shape) + ratio)

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 from measuring import (
+    WARMUP,
     Clock,
     add_arguments,
     bytes_kept,
@@ -103,6 +104,7 @@ def measure_case(shape, dtype, memory_format, args, advance) -> dict:
     x = torch.randn(shape, **factory).contiguous(memory_format=memory_format)
     dy = torch.randn_like(x)
     x.requires_grad_()
+    size = x.numel() * x.element_size()
     clock = Clock(args.device)
     result = {}
 
@@ -126,8 +128,6 @@ def measure_case(shape, dtype, memory_format, args, advance) -> dict:
         layer = LAYERS[name](shape[1]).to(args.device)
         steps[name] = stepper(layer)
         steps[name]()
-        with torch.no_grad():
-            size = x.numel() * x.element_size()
         result[name] = dict(
             kept=bytes_kept(lambda layer=layer: layer(x), layer) / size,
             peak=peak_memory(steps[name], args.device) / size,
@@ -314,7 +314,7 @@ def main() -> None:
         ]
         results = {}
         with progress_bar() as bar:
-            total = (len(cases) + 1) * (args.rounds + 2)
+            total = (len(cases) + 1) * (args.rounds + WARMUP)
             task = bar.add_task('rounds', total=total)
 
             def advance():

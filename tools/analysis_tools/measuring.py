@@ -25,6 +25,9 @@ from rich.progress import (
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+# Rounds that go before those that count.
+WARMUP = 2
+
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     """The arguments that every benchmark has."""
@@ -119,15 +122,13 @@ def interleave(
     steps: Dict[str, Callable[[], Sequence[float]]],
     rounds: int,
     advance: Callable[[], None],
-    warmup: int = 2,
 ) -> Dict[str, np.ndarray]:
     """Call every step once a round, in turning order.
 
     Args:
         steps (dict): Functions that return the seconds of their phases.
         rounds (int): How many rounds count.
-        advance (callable): Called after each round.
-        warmup (int): Rounds before them that do not.
+        advance (callable): Called after each round, the warm-up's too.
 
     Returns:
         dict[str, ndarray]: the median of every phase, in seconds.
@@ -138,7 +139,7 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        for r in range(-warmup, rounds):
+        for r in range(-WARMUP, rounds):
             turn = r % len(names)
             for name in names[turn:] + names[:turn]:
                 seconds = steps[name]()
