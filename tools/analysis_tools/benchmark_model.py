@@ -1,0 +1,372 @@
+"""Time training steps of a model with its norms and convolutions swapped.
+
+Builds a detector or a segmenter once for each pair of norm and convolution
+and lets them train in turn on the same random pictures: wherever the config's
+model names a norm, that norm is replaced and the convolution put beside it.
+Nothing is read but the config. The learning rate is 0 and the pictures are
+full of objects, so that every step and every model samples the same number of
+regions and the work stays the same from step to step.
+"""
+
+import argparse
+import copy
+import gc
+from typing import Iterator
+
+import numpy as np
+import torch
+from measuring import (
+    WARMUP,
+    Clock,
+    add_arguments,
+    draw_bars,
+    interleave,
+    peak_memory,
+    prepare,
+    progress_bar,
+    write_json,
+)
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.logging import MMLogger
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, init_default_scope
+from mmengine.structures import PixelData
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+import bcn_mm  # noqa: F401  registers BCN and WSConv2d
+from bcn_mm.runtime import InputError, load_config, one_line_errors
+
+# the first is what the others are compared with
+VARIANTS = {
+    'GN + ConvWS': (dict(type='GN', num_groups=32), dict(type='ConvWS')),
+    'BN': (dict(type='BN'), None),
+    'BCN + WSConv2d': (dict(type='BCN'), dict(type='WSConv2d')),
+}
+BASE = 'GN + ConvWS'
+SWAPPED = {'BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN', 'BCN'}
+# More than a two-stage detector's sampler takes, so that it is always full.
+OBJECTS = 256
+
+
+def dicts(node) -> Iterator[ConfigDict]:
+    """Every dict in a config, outermost first."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    if not isinstance(node, (str, bytes)) and hasattr(node, '__iter__'):
+        for child in node:
+            yield from dicts(child)
+
+
+def swap(cfg: Config, norm_cfg: dict, conv_cfg: dict) -> ConfigDict:
+    """The model of a config with other norms, from random weights."""
+    model = copy.deepcopy(cfg.model)
+    found = 0
+    for node in list(dicts(model)):
+        if (node.get('norm_cfg') or {}).get('type') in SWAPPED:
+            node.norm_cfg = ConfigDict(norm_cfg)
+            node.conv_cfg = conv_cfg and ConfigDict(conv_cfg)
+            found += 1
+        if 'norm_eval' in node:
+            node.norm_eval = False
+        if (node.get('init_cfg') or {}) and 'checkpoint' in node.init_cfg:
+            node.init_cfg = None
+    model.pop('pretrained', None)
+    if not found:
+        raise InputError(
+            f'the model of {cfg.filename} names no norm_cfg of type '
+            f'{", ".join(sorted(SWAPPED))}: there is nothing to swap'
+        )
+    return model
+
+
+def num_classes(cfg: Config) -> int:
+    """Labels below this are legal in every head."""
+    return min(
+        (d['num_classes'] for d in dicts(cfg.model) if 'num_classes' in d),
+        default=2,
+    )
+
+
+def pictures_of_objects(cfg: Config, args) -> dict:
+    """A batch for a detector."""
+    from mmdet.testing import demo_mm_inputs
+
+    return demo_mm_inputs(
+        args.batch_size,
+        (3, *args.shape),
+        num_items=[OBJECTS] * args.batch_size,
+        # it draws labels from 1 on
+        num_classes=max(2, num_classes(cfg)),
+        with_mask=True,
+        use_box_type=True,
+        device=args.device,
+    )
+
+
+def labelled_pictures(cfg: Config, args) -> dict:
+    """A batch for a segmenter."""
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(high, channels):
+        return torch.randint(
+            high,
+            (channels, *args.shape),
+            generator=generator,
+            dtype=torch.uint8,
+        ).to(args.device)
+
+    meta = dict(img_shape=args.shape, ori_shape=args.shape)
+    return dict(
+        inputs=[draw(256, 3) for _ in range(args.batch_size)],
+        data_samples=[
+            SegDataSample(
+                metainfo=meta,
+                gt_sem_seg=PixelData(data=draw(num_classes(cfg), 1).long()),
+            )
+            for _ in range(args.batch_size)
+        ],
+    )
+
+
+BATCHES = dict(mmdet=pictures_of_objects, mmseg=labelled_pictures)
+
+
+class NormTimer:
+    """Adds up the time that a model spends in its norm layers.
+
+    Forward by module hooks, backward by hooks on the graph's node of each
+    layer's output.
+    """
+
+    def __init__(self, model: nn.Module, clock: Clock) -> None:
+        self.clock = clock
+        self.begins, self.ends = [], []
+        self.layers = [
+            m
+            for m in model.modules()
+            if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+        ]
+        for layer in self.layers:
+            layer.register_forward_pre_hook(self._begin)
+            layer.register_forward_hook(self._forward_end)
+
+    def _begin(self, *_) -> None:
+        self.begins.append(self.clock.stamp())
+
+    def _end(self, *_) -> None:
+        self.ends.append(self.clock.stamp())
+
+    def _forward_end(self, module, inputs, output) -> None:
+        self._end()
+        if output.grad_fn is not None:
+            output.grad_fn.register_prehook(self._begin)
+            output.grad_fn.register_hook(self._end)
+
+    def take(self) -> float:
+        """The seconds since the last call; norms do not contain norms."""
+        pairs = zip(self.begins, self.ends)
+        seconds = sum(self.clock.seconds(pair)[0] for pair in pairs)
+        self.begins, self.ends = [], []
+        return seconds
+
+
+class Trainee:
+    """One model, ready to make steps."""
+
+    def __init__(self, cfg: Config, name: str, batch: dict, args) -> None:
+        torch.manual_seed(0)
+        self.model = MODELS.build(swap(cfg, *VARIANTS[name]))
+        self.model.init_weights()
+        self.model.to(args.device).train()
+        wrapper = copy.deepcopy(cfg.optim_wrapper)
+        wrapper.optimizer.lr = 0.0
+        if args.amp:
+            wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
+        self.optim_wrapper = build_optim_wrapper(self.model, wrapper)
+        self.batch = batch
+        self.clock = Clock(args.device)
+        self.norms = NormTimer(self.model, self.clock)
+
+    def train_step(self) -> None:
+        torch.manual_seed(0)  # regions are sampled from torch's
+        np.random.seed(0)  # or numpy's generator
+        batch = copy.deepcopy(self.batch)
+        losses = self.model.train_step(batch, self.optim_wrapper)
+        self.loss = losses['loss']
+
+    def timed_step(self) -> tuple:
+        gc.collect()  # the timer switches off the automatic collection
+        stamps = [self.clock.stamp()]
+        self.train_step()
+        stamps.append(self.clock.stamp())
+        return self.clock.seconds(stamps)[0], self.norms.take()
+
+
+def show(result: dict, title: str) -> None:
+    table = Table(title=title)
+    table.add_column('model', no_wrap=True)
+    for heading in ('s/step', 'ratio', 'in norms', 'share', 'peak', 'ratio'):
+        table.add_column(heading, justify='right')
+    base = result[BASE]
+    for name, row in result.items():
+        table.add_row(
+            name,
+            f'{row["step"]:.3f}',
+            f'{row["step"] / base["step"]:.3f}',
+            f'{row["norms"]:.3f} s',
+            f'{row["norms"] / row["step"]:.1%}',
+            f'{row["peak"] / 2**20:.0f} MiB',
+            f'{row["peak"] / base["peak"]:.3f}',
+        )
+    Console().print(table)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""examples:
+  python tools/analysis_tools/benchmark_model.py \\
+      configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py
+  python tools/analysis_tools/benchmark_model.py CONFIG --shape 512 1024 \\
+      --variants 'BCN + WSConv2d' --out model.json --plot model.png
+
+peak is what a step holds beyond the weights and the optimizer's state.""",
+    )
+    parser.add_argument('config', help='of an mmdet or mmseg model')
+    parser.add_argument(
+        '--shape',
+        nargs=2,
+        type=int,
+        default=(400, 640),
+        metavar=('H', 'W'),
+        help='of the pictures (400 640)',
+    )
+    parser.add_argument(
+        '--batch-size', type=int, default=1, help='pictures (%(default)s)'
+    )
+    parser.add_argument(
+        '--variants',
+        nargs='+',
+        choices=VARIANTS,
+        default=list(VARIANTS),
+        metavar='VARIANT',
+        help=f'out of {", ".join(map(repr, VARIANTS))} (all); {BASE!r} is '
+        'always among them',
+    )
+    parser.add_argument(
+        '--amp', action='store_true', help='in mixed precision, on a GPU'
+    )
+    parser.add_argument(
+        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        help='override settings of the config',
+    )  # fmt: skip
+    add_arguments(parser, rounds=10)
+    args = parser.parse_args()
+    args.variants = [n for n in VARIANTS if n in {BASE, *args.variants}]
+    args.shape = tuple(args.shape)
+    # what load_config asks for beside these
+    args.work_dir, args.launcher, args.local_rank = None, 'none', 0
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    with one_line_errors():
+        machine = prepare(args)
+        if args.batch_size < 1 or min(args.shape) < 32:
+            raise InputError(
+                '--batch-size must be at least 1, --shape at least 32 32'
+            )
+        cfg = load_config(args)
+        scope = cfg.get('default_scope')
+        if scope not in BATCHES:
+            raise InputError(
+                f'{args.config} is of scope {scope!r}; only models of '
+                f'{" and ".join(BATCHES)} can be measured'
+            )
+        init_default_scope(scope)
+        # how each weight was initialized is not news
+        MMLogger.get_current_instance().setLevel('WARNING')
+        preprocessor = cfg.model.get('data_preprocessor', {})
+        if preprocessor.get('size'):
+            preprocessor.size = args.shape
+        batch = BATCHES[scope](cfg, args)
+        with progress_bar() as bar:
+            steps = WARMUP + args.rounds
+            task = bar.add_task(
+                'building', total=steps + 2 * len(args.variants)
+            )
+            trainees = {}
+            for name in args.variants:
+                try:
+                    trainees[name] = Trainee(cfg, name, batch, args)
+                    trainees[name].train_step()
+                except ValueError as e:
+                    raise InputError(
+                        f'{name} cannot train this: {e}; leave it out with '
+                        '--variants'
+                    ) from e
+                if not np.isfinite(trainees[name].loss.item()):
+                    raise InputError(f'{name}: the loss is not finite')
+                bar.advance(task)
+            result = {}
+            for name, trainee in trainees.items():
+                bar.update(task, description=f'memory of {name}')
+                result[name] = dict(
+                    loss=trainee.loss.item(),
+                    layers=len(trainee.norms.layers),
+                    peak=peak_memory(trainee.train_step, args.device),
+                )
+                trainee.norms.take()
+                bar.advance(task)
+            bar.update(task, description='rounds')
+            times = interleave(
+                {name: t.timed_step for name, t in trainees.items()},
+                args.rounds,
+                lambda: bar.advance(task),
+            )
+        for name, (step, norms) in times.items():
+            result[name].update(step=float(step), norms=float(norms))
+        height, width = args.shape
+        title = (
+            f'training steps of {args.batch_size} picture(s), {width}x{height}'
+        )
+        show(result, title)
+        Console().print(
+            ', '.join(f'{key} {value}' for key, value in machine.items())
+        )
+        if args.out:
+            settings = dict(
+                config=args.config,
+                shape=args.shape,
+                batch_size=args.batch_size,
+                amp=args.amp,
+            )
+            write_json(
+                args.out,
+                dict(machine=machine, settings=settings, models=result),
+            )
+        if args.plot:
+            measures = dict(
+                step='time of a step', norms='time in norms', peak='peak'
+            )
+            draw_bars(
+                args.plot,
+                list(measures.values()),
+                {
+                    name: [row[m] / result[BASE][m] for m in measures]
+                    for name, row in result.items()
+                    if name != BASE
+                },
+                f'{title}, times those of {BASE}',
+            )
+
+
+if __name__ == '__main__':
+    main()
