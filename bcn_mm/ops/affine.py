@@ -101,8 +101,8 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     # square > (_CANCELLATION + 1) * var
     cancelled = torch.add(square, var, alpha=-1 - _CANCELLATION)
     if cancelled.max().item() > 0:
-        for index in (cancelled > 0).nonzero().split(
-            max(1, _REPAIR_ELEMENTS // length)
+        for index in (
+            (cancelled > 0).nonzero().split(max(1, _REPAIR_ELEMENTS // length))
         ):
             n, c = index.unbind(1)
             rows = x[n, c].to(dtype)

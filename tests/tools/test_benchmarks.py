@@ -6,6 +6,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 SCRIPT = 'tools/analysis_tools/benchmark_norms.py'
+MODEL = 'tools/analysis_tools/benchmark_model.py'
 
 
 def test_benchmark_norms(tmp_path, python):
@@ -33,3 +34,35 @@ def test_bad_input(python):
         SCRIPT, '--shapes', '1,48,4,4', code=2
     )
     assert '--rounds' in python(SCRIPT, '--rounds', 0, code=1)
+
+
+@pytest.mark.parametrize(
+    'config', ['mask-rcnn_r18_bn_shapes', 'deeplabv3_r18-d8_bcn-ws_shapes']
+)
+def test_benchmark_model(tmp_path, python, config):
+    out, plot = tmp_path / 'model.json', tmp_path / 'model.png'
+    variants = ['BN'] if 'rcnn' in config else []
+    shown = python(
+        MODEL, f'configs/quickstart/{config}.py', '--shape', 64, 96,
+        '--rounds', 1, '--variants', 'BCN + WSConv2d', *variants,
+        '--out', out, '--plot', plot,
+    )  # fmt: skip
+    assert 'share' in shown and plot.exists()
+    models = json.loads(out.read_text())['models']
+    assert set(models) == {'GN + ConvWS', 'BCN + WSConv2d', *variants}
+    # the same norms are there, all of them timed within the step
+    assert len({row['layers'] for row in models.values()}) == 1
+    for row in models.values():
+        assert 0 < row['norms'] < row['step'] and row['peak'] > 0
+
+
+def test_benchmark_model_of_what_cannot_be_trained(python):
+    config = 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py'
+    shown = python(MODEL, config, '--shape', 64, 96, '--rounds', 1, code=1)
+    assert 'BN cannot train this: Expected more than 1 value' in shown
+    shown = python(MODEL, config, '--shape', 8, 8, code=1)
+    assert '--shape at least 32 32' in shown
+    shown = python(
+        MODEL, config, '--cfg-options', 'default_scope=mmocr', code=1
+    )
+    assert "scope 'mmocr'" in shown
