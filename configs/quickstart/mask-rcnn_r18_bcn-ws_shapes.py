@@ -6,6 +6,7 @@ _base_ = [
     'mmdet::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
 conv_cfg = dict(type='WSConv2d')
@@ -27,7 +28,9 @@ model = dict(
     ),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64),
+        bbox_roi_extractor=dict(
+            out_channels=64, roi_layer=dict(sampling_ratio=1)
+        ),
         bbox_head=dict(
             type='Shared4Conv1FCBBoxHead',
             in_channels=64,
@@ -37,7 +40,9 @@ model = dict(
             norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
-        mask_roi_extractor=dict(out_channels=64),
+        mask_roi_extractor=dict(
+            out_channels=64, roi_layer=dict(sampling_ratio=1)
+        ),
         mask_head=dict(
             in_channels=64,
             conv_out_channels=64,
@@ -48,7 +53,7 @@ model = dict(
     ),
     train_cfg=dict(
         rpn_proposal=dict(nms_pre=500, max_per_img=250),
-        rcnn=dict(sampler=dict(num=64)),
+        rcnn=dict(sampler=dict(num=128)),
     ),
     test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=250)),
 )
