@@ -4,10 +4,31 @@ Importing it registers the layers in mmengine's root registry, where every
 scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 """
 
-from .layers import BCN, WSConv1d, WSConv2d, WSConv3d
+from .hooks import SyncEstimatesHook
+from .layers import (
+    BCN,
+    SyncBCN,
+    WSConv1d,
+    WSConv2d,
+    WSConv3d,
+    average_estimates,
+    convert_sync_bcn,
+    revert_sync_bcn,
+)
 from .runtime import allow_mmengine_checkpoints
 from .version import __version__
 
-__all__ = ['BCN', 'WSConv1d', 'WSConv2d', 'WSConv3d', '__version__']
+__all__ = [
+    'BCN',
+    'SyncBCN',
+    'SyncEstimatesHook',
+    'WSConv1d',
+    'WSConv2d',
+    'WSConv3d',
+    '__version__',
+    'average_estimates',
+    'convert_sync_bcn',
+    'revert_sync_bcn',
+]
 
 allow_mmengine_checkpoints()

@@ -1,6 +1,21 @@
 """Modules over :mod:`bcn_mm.ops`, in mmengine's root ``MODELS`` registry."""
 
-from .bcn import BCN
+from .bcn import (
+    BCN,
+    SyncBCN,
+    average_estimates,
+    convert_sync_bcn,
+    revert_sync_bcn,
+)
 from .ws_conv import WSConv1d, WSConv2d, WSConv3d
 
-__all__ = ['BCN', 'WSConv1d', 'WSConv2d', 'WSConv3d']
+__all__ = [
+    'BCN',
+    'SyncBCN',
+    'WSConv1d',
+    'WSConv2d',
+    'WSConv3d',
+    'average_estimates',
+    'convert_sync_bcn',
+    'revert_sync_bcn',
+]

@@ -5,6 +5,7 @@ import warnings
 from typing import Optional
 
 import torch
+import torch.distributed as dist
 from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
@@ -52,6 +53,13 @@ class BCN(nn.GroupNorm):
             Default: True.
         estimate (bool): Whether the batch stage uses running estimates in
             training too. Default: True.
+        sync (bool): Whether distributed training takes the batch statistics
+            over all ranks in every pass (see the ``group`` of
+            :func:`bcn_mm.ops.batch_channel_norm`); else every rank has its
+            own estimates and :class:`bcn_mm.hooks.SyncEstimatesHook` makes
+            them agree. Without effect in a single process. Default: False.
+        process_group (ProcessGroup, optional): The ranks that ``sync`` is
+            about. Default: None, all of them.
         device (torch.device, optional): Of parameters and buffers.
         dtype (torch.dtype, optional): Likewise.
 
@@ -86,6 +94,8 @@ class BCN(nn.GroupNorm):
         momentum: Optional[float] = 0.01,
         affine: bool = True,
         estimate: bool = True,
+        sync: bool = False,
+        process_group: Optional['dist.ProcessGroup'] = None,
         device=None,
         dtype=None,
     ) -> None:
@@ -112,6 +122,8 @@ class BCN(nn.GroupNorm):
         super().__init__(num_groups, num_features, eps=eps, affine=False)
         self.momentum = momentum
         self.estimate = estimate
+        self.sync = sync
+        self.process_group = process_group
         self.affine = affine
         factory = dict(device=device, dtype=dtype)
         for name, size in (
@@ -176,13 +188,22 @@ class BCN(nn.GroupNorm):
             eps=self.eps,
             num_batches_tracked=self.num_batches_tracked,
             recent=self._recent,
+            group=self._group() if self.sync and self.training else None,
         )
+
+    def _group(self) -> Optional['dist.ProcessGroup']:
+        """The ranks to synchronise with, None if there are no others."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
 
     def extra_repr(self) -> str:
         return (
             f'{self.num_channels}, num_groups={self.num_groups}, '
             f'eps={self.eps}, momentum={self.momentum}, '
-            f'affine={self.affine}, estimate={self.estimate}'
+            f'affine={self.affine}, estimate={self.estimate}, '
+            f'sync={self.sync}'
         )
 
     def _load_from_state_dict(
@@ -283,3 +304,85 @@ class _OncePerLoad:
 
 
 _log_once = _OncePerLoad()
+
+
+@MODELS.register_module()
+class SyncBCN(BCN):
+    """:class:`BCN` with ``sync=True``, ``norm_cfg=dict(type='SyncBCN')``."""
+
+    def __init__(self, *args, sync: bool = True, **kwargs) -> None:
+        super().__init__(*args, sync=sync, **kwargs)
+
+
+def convert_sync_bcn(
+    module: nn.Module, process_group: Optional['dist.ProcessGroup'] = None
+) -> nn.Module:
+    """Make every BCN in a model take its batch statistics over all ranks.
+
+    Args:
+        module (nn.Module): Changed in place.
+        process_group (ProcessGroup, optional): Of those ranks. Default: all.
+
+    Returns:
+        nn.Module: ``module``.
+    """
+    return _set_sync(module, True, process_group)
+
+
+def revert_sync_bcn(module: nn.Module) -> nn.Module:
+    """Make every BCN in a model, SyncBCN included, keep its own statistics."""
+    return _set_sync(module, False, None)
+
+
+def _set_sync(module, sync, process_group) -> nn.Module:
+    for layer in module.modules():
+        if isinstance(layer, BCN):
+            layer.sync, layer.process_group = sync, process_group
+    return module
+
+
+@torch.no_grad()
+def average_estimates(
+    module: nn.Module, process_group: Optional['dist.ProcessGroup'] = None
+) -> None:
+    r"""Make the estimates of every BCN in a model equal on all ranks.
+
+    With :math:`n_k` the training passes that rank k has seen, the mean is
+    :math:`\bar\mu = \sum n_k \mu_k / \sum n_k` and the variance that of the
+    mixture, :math:`\sum n_k (\sigma_k^2 + (\mu_k - \bar\mu)^2) / \sum n_k`;
+    ``num_batches_tracked`` becomes the mean, rounded. A layer that no rank has
+    used stays as it is. One ``all_reduce`` of 2 C + 1 float64 numbers for all
+    layers; every rank must call it. Without effect in a single process.
+
+    Args:
+        module (nn.Module): Changed in place.
+        process_group (ProcessGroup, optional): Of the ranks. Default: all.
+    """
+    layers = [m for m in module.modules() if isinstance(m, BCN)]
+    if not (layers and dist.is_available() and dist.is_initialized()):
+        return
+    ranks = dist.get_world_size(process_group)
+    if ranks == 1:
+        return
+    sums = []
+    for layer in layers:
+        passes = layer.num_batches_tracked.to(torch.float64).view(1)
+        mean = layer.running_mean.to(torch.float64)
+        second = layer.running_var + mean.square()
+        sums += [mean * passes, second * passes, passes]
+    sums = torch.cat(sums)
+    dist.all_reduce(sums, group=process_group)
+    parts = sums.split(
+        [n for m in layers for n in (m.num_features,) * 2 + (1,)]
+    )
+    for layer, mean, second, passes in zip(
+        layers, parts[::3], parts[1::3], parts[2::3]
+    ):
+        seen = passes > 0
+        mean, second = mean / passes, second / passes
+        for buffer, value in (
+            (layer.running_mean, mean),
+            (layer.running_var, second - mean.square()),
+        ):
+            buffer.copy_(torch.where(seen, value.to(buffer.dtype), buffer))
+        layer.num_batches_tracked.copy_((passes / ranks).round()[0])

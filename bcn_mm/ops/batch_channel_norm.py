@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -168,9 +169,14 @@ def _normalize(
 
 def _backward(
     dy, x, mean, var, mu, inv_std, batch_weight, batch_bias, weight,
-    num_groups, eps, batch_statistics, input_gradient,
+    count, num_groups, eps, batch_statistics, group, input_gradient,
 ) -> Tuple[Optional[Tensor], ...]:  # fmt: skip
     """The gradients of x and of the four affine parameters."""
+    if x.numel() == 0:
+        if batch_statistics and group is not None and input_gradient:
+            dist.all_reduce(mean.new_zeros(2, mean.shape[1]), group=group)
+        zeros = (mu, mu, *[mu.new_zeros(num_groups)] * 2)
+        return (torch.zeros_like(x), *map(torch.zeros_like, zeros))
     s = _stages(
         mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups,
         eps,
@@ -211,10 +217,16 @@ def _backward(
         at_mean = p_row.mul_(scale).view(mean.shape)
         scale = scale.neg_().view(mean.shape)
         if batch_statistics:
-            count = mean.shape[0] * length
-            slope = s.factor * inv_std * d_factor / count
+            along_mean, along_std = d_shift, d_factor
+            if group is None:
+                count = mean.shape[0] * length
+            else:
+                sums = torch.stack((d_shift, d_factor))
+                dist.all_reduce(sums, group=group)
+                along_mean, along_std = sums
+            slope = s.factor * inv_std * along_std / count
             x_scale = x_scale - slope
-            at_mean = at_mean - s.factor * d_shift / count
+            at_mean = at_mean - s.factor * along_mean / count
             at_mean.addcmul_(slope, s.offset, value=-1)
         shift = torch.addcmul(at_mean, x_scale, mean, value=-1)
         dx = affine.apply_add(dy, x, scale, x_scale, shift)
@@ -231,12 +243,14 @@ class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx, x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-        num_groups, eps, batch_statistics,
+        count, num_groups, eps, batch_statistics, group,
     ):  # fmt: skip
         ctx.save_for_backward(
-            x, mean, var, mu, inv_std, batch_weight, batch_bias, weight
+            x, mean, var, mu, inv_std, batch_weight, batch_bias, weight, count
         )
-        ctx.settings = num_groups, eps, batch_statistics
+        ctx.settings = num_groups, eps, batch_statistics, group
+        if x.numel() == 0:
+            return torch.empty_like(x)
         return _normalize(
             x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
             num_groups, eps,
@@ -250,7 +264,7 @@ class _BatchChannelNorm(torch.autograd.Function):
             affine.like(dy, x), x, *known, *ctx.settings,
             ctx.needs_input_grad[0],
         )  # fmt: skip
-        return (*gradients, *[None] * 7)
+        return (*gradients, *[None] * 9)
 
 
 def _autocast_off(x: Tensor):
@@ -282,6 +296,7 @@ def batch_channel_norm(
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
     recent: Optional[RecentEstimates] = None,
+    group: Optional['dist.ProcessGroup'] = None,
 ) -> Tensor:
     r"""Batch-Channel Normalization.
 
@@ -331,6 +346,13 @@ def batch_channel_norm(
             activation checkpointing is exact: a forward pass that autograd
             repeats inside a backward pass moves nothing and sees the
             estimates of the pass that it repeats.
+        group (ProcessGroup, optional): In training, take the batch statistics
+            over the batches of all its ranks: those of one process with all
+            samples, whatever their number on each rank, none included. Every
+            rank must make the same passes in the same order; each costs one
+            ``all_reduce`` of 2 C + 1 float64 numbers and, with
+            ``estimate=False``, one of 2 C numbers in the backward pass. The
+            running statistics must be equal on all ranks to begin with.
 
     Returns:
         Tensor: of the shape, dtype and memory layout of ``x``,
@@ -362,13 +384,15 @@ def batch_channel_norm(
         )
     check_num_groups(num_groups, x.shape[1])
     affines = batch_weight, batch_bias, weight, bias
-    if x.numel() == 0:
+    if not training:
+        group = None
+    if x.numel() == 0 and group is None:
         # stay in the graph, so that every parameter gets its zero gradient
         anchor = sum(0 * p.sum() for p in affines if p is not None)
         return (x + anchor).to(x.dtype)
     if torch.compiler.is_compiling():
         recent = None  # what is traced is not recomputed by calls
-    memory = recent if estimate else None
+    memory = recent if estimate and x.numel() > 0 else None
     repeats = training and recent is not None and _inside_backward()
     with _autocast_off(x):
         x = affine.dense(x)
@@ -376,16 +400,18 @@ def batch_channel_norm(
         with torch.no_grad():
             statistics = _statistics(
                 x, running_mean, running_var, num_batches_tracked, training,
-                estimate, momentum, eps, repeats, memory,
+                estimate, momentum, eps, repeats, memory, group,
             )  # fmt: skip
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affines)
         ):
             return _BatchChannelNorm.apply(
                 x, *affines, *statistics, num_groups, eps,
-                training and not estimate,
+                training and not estimate, group,
             )  # fmt: skip
-        return _normalize(x, *affines, *statistics, num_groups, eps)
+        if x.numel() == 0:
+            return torch.empty_like(x)
+        return _normalize(x, *affines, *statistics[:4], num_groups, eps)
 
 
 @torch.library.custom_op('bcn_mm::snapshot', mutates_args=())
@@ -403,14 +429,21 @@ _snapshot.register_fake(torch.empty_like)
 
 def _statistics(
     x, running_mean, running_var, num_batches_tracked, training, estimate,
-    momentum, eps, repeats, memory,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The moments of ``x``, and mean and 1 / std of the batch stage.
+    momentum, eps, repeats, memory, group,
+) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:  # fmt: skip
+    """The moments of ``x``, and what the batch stage needs.
 
-    Moves the running statistics, unless it ``repeats`` a pass that may be in
-    the layer's ``memory``.
+    That is its mean, its 1 / std and, where statistics are those of a batch
+    that is spread over a process group, the number of values in it. Moves the
+    running statistics, unless it ``repeats`` a pass that may be in the layer's
+    ``memory``.
     """
-    mean, var = affine.moments(x)
+    if x.numel() > 0:
+        mean, var = affine.moments(x)
+    else:
+        mean, var = x.new_zeros(
+            2, 0, x.shape[1], dtype=affine.compute_dtype(x)
+        )
 
     def running():
         # a copy: a later pass moves the buffer in place, and the backward
@@ -421,21 +454,30 @@ def _statistics(
         else:
             mu = mu.clone()
         mu, sigma2 = _to(mean.dtype, mu, sigma2)
-        return mean, var, mu, (sigma2 + eps).rsqrt_()
+        return mean, var, mu, (sigma2 + eps).rsqrt_(), None
 
     if not training:
         return running()
-    batch_mean = _mean_of_samples(mean)
+    own_mean = _mean_of_samples(mean)
     if estimate and repeats:
-        recalled = memory.recall(batch_mean)
-        return (mean, var, *recalled) if recalled else running()
-    about = mean - (running_mean if estimate else batch_mean)
-    batch_var = _mean_of_samples(torch.addcmul(var, about, about))
+        recalled = memory.recall(own_mean) if memory is not None else None
+        return (mean, var, *recalled, None) if recalled else running()
+    batch_mean, count = own_mean, None
+    if group is not None:
+        batch_mean, batch_var, count = _over_ranks(
+            mean, var, running_mean, x.shape[2:].numel(), estimate, group
+        )
+    else:
+        about = mean - (running_mean if estimate else batch_mean)
+        batch_var = _mean_of_samples(torch.addcmul(var, about, about))
     if not repeats:
         news = batch_var
         if not estimate:  # unbiased, as in nn.BatchNorm2d
-            count = x.numel() // x.shape[1]
-            news = batch_var * (count / max(count - 1, 1))
+            if count is None:
+                values = x.numel() // x.shape[1]
+                news = batch_var * (values / max(values - 1, 1))
+            else:
+                news = batch_var * (count / (count - 1).clamp_min(1))
         _update(
             running_mean,
             running_var,
@@ -447,9 +489,42 @@ def _statistics(
     if estimate:
         statistics = running()
         if memory is not None:
-            memory.record(batch_mean, *statistics[2:])
+            memory.record(own_mean, *statistics[2:4])
         return statistics
-    return mean, var, batch_mean, (batch_var + eps).rsqrt_()
+    return mean, var, batch_mean, (batch_var + eps).rsqrt_(), count
+
+
+def _over_ranks(
+    mean, var, running_mean, length, estimate, group
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The batch statistics over a process group, in one ``all_reduce``.
+
+    Ranks add up what makes a mean and a variance about the running mean,
+    which is the same on all of them, in float64: 8 (2 C + 1) bytes. Samples
+    weigh the same with ``estimate``, positions without, as in one process.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: mean and biased variance, both (C), the
+        latter about the running mean with ``estimate``, not finite where no
+        rank has a value; and the total weight.
+    """
+    reference = running_mean.to(torch.float64)
+    about = mean.to(torch.float64) - reference
+    each = 1 if estimate else length
+    sums = torch.cat(
+        (
+            about.sum(0) * each,
+            torch.addcmul(var.to(torch.float64), about, about).sum(0) * each,
+            about.new_full((1,), about.shape[0] * each),
+        )
+    )
+    dist.all_reduce(sums, group=group)
+    count = sums[-1]
+    first, second = sums[:-1].view(2, -1) / count
+    batch_var = second if estimate else (second - first**2).clamp_min_(0)
+    return tuple(
+        t.to(mean.dtype) for t in (reference + first, batch_var, count)
+    )
 
 
 def _mean_of_samples(t: Tensor) -> Tensor:

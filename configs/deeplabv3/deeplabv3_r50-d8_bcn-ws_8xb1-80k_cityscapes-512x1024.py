@@ -1,6 +1,7 @@
 # DeepLabV3 with BCN and Weight Standardization throughout, one image per GPU.
 _base_ = 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb2-80k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
 conv_cfg = dict(type='WSConv2d')

@@ -2,6 +2,7 @@
 # both heads, one image per GPU.
 _base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py'
 custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
 conv_cfg = dict(type='WSConv2d')

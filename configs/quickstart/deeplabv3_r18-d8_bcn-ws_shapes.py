@@ -5,6 +5,7 @@ _base_ = [
     'mmseg::_base_/default_runtime.py',
 ]
 custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(_delete_=True, type='BCN')
 conv_cfg = dict(type='WSConv2d')

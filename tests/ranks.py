@@ -1,0 +1,38 @@
+"""Run a function on several ranks of a process group, without a GPU."""
+
+import datetime
+import os
+import tempfile
+
+import torch
+import torch.distributed as dist
+
+
+def _start(rank, function, world, folder, args):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo',
+        init_method=f'file://{folder}/rendezvous',
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    result = function(rank, world, *args)
+    torch.save(result, f'{folder}/{rank}.pt')
+    dist.destroy_process_group()
+
+
+def on_ranks(world: int, function, *args) -> list:
+    """What ``function(rank, world, *args)`` returns on each of the ranks.
+
+    The function is one of a module's, what it takes and returns made of
+    tensors and plain Python values.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(
+            _start, (function, world, folder, args), nprocs=world
+        )
+        return [
+            torch.load(os.path.join(folder, f'{rank}.pt'), weights_only=True)
+            for rank in range(world)
+        ]
