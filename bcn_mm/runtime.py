@@ -9,6 +9,7 @@ import atexit
 import os
 import pickle
 import re
+import subprocess
 import sys
 from contextlib import contextmanager
 from typing import Iterator
@@ -206,6 +207,23 @@ def check_match(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
     )
 
 
+def _first_host(launcher: str) -> str:
+    """The machine of rank 0, if the launcher says it."""
+    nodes = os.environ.get('SLURM_JOB_NODELIST')
+    if launcher != 'slurm' or not nodes:
+        raise InputError(
+            f'--launcher {launcher}: set MASTER_ADDR to the address of the '
+            f'machine of rank 0'
+        )
+    hosts = subprocess.run(
+        ['scontrol', 'show', 'hostnames', nodes],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return hosts.stdout.split()[0]
+
+
 def build_runner(cfg: Config) -> Runner:
     """The runner of a config, on a machine with GPUs or without."""
     _prepare_launch(cfg)
@@ -214,24 +232,39 @@ def build_runner(cfg: Config) -> Runner:
     return Runner.from_cfg(cfg)
 
 
-def _prepare_launch(cfg: Config) -> None:
-    """Let ``--launcher pytorch`` run without a GPU, on gloo.
+# Where launchers say which process this is: rank, number, rank on its machine.
+_RANKS = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': (
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+}
+_STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
-    mmengine's launcher selects a CUDA device unconditionally and its DDP
+
+def _prepare_launch(cfg: Config) -> None:
+    """Let every launcher run without a GPU, on gloo.
+
+    mmengine's launchers select a CUDA device unconditionally and its DDP
     wrapper names one; a process group that is already up is left alone.
     """
     if cfg.launcher == 'none' or torch.cuda.is_available():
         return
-    if cfg.launcher != 'pytorch':
+    starter, names = _STARTERS[cfg.launcher], _RANKS[cfg.launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
         raise InputError(
-            f'--launcher {cfg.launcher} needs a GPU; without one '
-            f'use torchrun and --launcher pytorch'
+            f'--launcher {cfg.launcher} is for {starter}, which sets '
+            f'{" and ".join(missing)}; start the script with {starter}'
         )
-    if 'RANK' not in os.environ:
-        raise InputError(
-            '--launcher pytorch is for torchrun, which sets RANK '
-            'and WORLD_SIZE; start the script with torchrun'
-        )
+    for own, given in zip(_RANKS['pytorch'], names):
+        os.environ[own] = os.environ[given]
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(cfg.launcher)
     torch.distributed.init_process_group('gloo')
     # gloo's threads abort the interpreter if they outlive it
     atexit.register(torch.distributed.destroy_process_group)

@@ -47,3 +47,19 @@ def check_dump(folder: Path, checkpoint: Path, iteration: int) -> None:
     for key, value in buffers.items():
         begun = start['optimizer']['state'][key]
         assert torch.equal(value['momentum_buffer'], begun['momentum_buffer'])
+
+
+@HOOKS.register_module()
+class DumpRanks(Hook):
+    """What each rank holds once training and validation are over."""
+
+    priority = 'VERY_LOW'
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def after_train(self, runner):
+        torch.save(
+            getattr(runner.model, 'module', runner.model).state_dict(),
+            f'{self.folder}/rank{runner.rank}.pth',
+        )

@@ -162,9 +162,27 @@ def test_one_line_errors(capsys, monkeypatch):
         raise KeyError('name')
 
 
-def test_launchers_that_cannot_work(monkeypatch):
+@pytest.mark.parametrize(
+    'launcher, message',
+    [
+        ('pytorch', 'sets RANK and WORLD_SIZE and LOCAL_RANK; .* torchrun'),
+        ('slurm', 'sets SLURM_PROCID .* with srun'),
+        ('mpi', 'sets OMPI_COMM_WORLD_RANK .* with mpirun'),
+    ],
+)
+def test_launchers_that_did_not_start_this(monkeypatch, launcher, message):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.delenv('RANK', raising=False)
-    for launcher, message in (('slurm', 'needs a GPU'), ('pytorch', 'RANK')):
-        with pytest.raises(InputError, match=message):
-            build_runner(Config(dict(launcher=launcher)))
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match=message):
+        build_runner(Config(dict(launcher=launcher)))
+
+
+def test_a_launcher_that_does_not_say_where(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.delenv('MASTER_ADDR', raising=False)
+    for name in ('RANK', 'SIZE', 'LOCAL_RANK'):
+        monkeypatch.setenv(f'OMPI_COMM_WORLD_{name}', '0')
+        monkeypatch.setenv({'SIZE': 'WORLD_SIZE'}.get(name, name), '0')
+    with pytest.raises(InputError, match='set MASTER_ADDR'):
+        build_runner(Config(dict(launcher='mpi')))

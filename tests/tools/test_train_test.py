@@ -167,18 +167,6 @@ def test_stock_tools_through_custom_imports(shapes, tmp_path, python):
     assert 'coco/bbox_mAP' in metrics(tmp_path / 'b')
 
 
-def test_two_processes_without_a_gpu(shapes, tmp_path):
-    done = run(
-        Path(sys.executable).parent / 'torchrun', '--standalone',
-        '--nproc-per-node', 2, 'tools/train.py', CONFIGS['det'],
-        '--work-dir', tmp_path, '--launcher', 'pytorch', '--cfg-options',
-        *SHORT['det'], *QUIET, SHAPES_ROOT=str(shapes), OMP_NUM_THREADS='1',
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    end = torch.load(checkpoints(tmp_path)[-1])
-    assert end['meta']['iter'] == 12  # 2 passes over 12 pictures by 2 ranks
-
-
 # -- bad input ends in one line ----------------------------------------------
 
 CFG = '--cfg-options'

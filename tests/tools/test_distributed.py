@@ -1,0 +1,181 @@
+"""Several processes on gloo, started by the scripts that users start."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, run
+from test_train_test import CONFIGS, QUIET, SHORT, checkpoints, metrics
+
+from bcn_mm.runtime import read_checkpoint
+
+pytestmark = pytest.mark.slow
+
+CONFIG = CONFIGS['det']
+OPTIONS = ['--cfg-options', *SHORT['det'], *QUIET]
+
+
+def free_port() -> str:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
+
+
+def environment(shapes) -> dict:
+    return dict(
+        SHAPES_ROOT=str(shapes),
+        PORT=free_port(),
+        PYTHON=sys.executable,
+        PYTHONPATH=str(ROOT / 'tests'),
+        OMP_NUM_THREADS='1',
+    )
+
+
+def dumping_ranks(folder: Path) -> Path:
+    config = folder / 'dumping_ranks.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIG}'\n"
+        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_hooks = [dict(type='SyncEstimatesHook'), "
+        f"dict(type='DumpRanks', folder='{folder}')]\n"
+    )
+    return config
+
+
+def check_ranks_agree(folder: Path) -> None:
+    """The same parameters and estimates, and estimates that have moved."""
+    first, second = (torch.load(folder / f'rank{r}.pth') for r in range(2))
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    moved = [v for k, v in first.items() if k.endswith('running_mean')]
+    assert len(moved) > 20 and all(v.abs().max() > 0 for v in moved)
+
+
+@pytest.fixture(scope='module')
+def pair(shapes, tmp_path_factory):
+    """A model that two ranks on one machine trained."""
+    folder = tmp_path_factory.mktemp('pair')
+    done = run(
+        'bash', 'tools/dist_train.sh', dumping_ranks(folder), 2,
+        '--work-dir', folder, *OPTIONS, **environment(shapes),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    return folder
+
+
+def test_ranks_agree(pair):
+    check_ranks_agree(pair)
+    end = read_checkpoint(str(checkpoints(pair)[-1]))
+    assert end['meta']['iter'] == 12  # 2 passes over 12 pictures by 2 ranks
+    # what was saved is what all of them hold
+    first = torch.load(pair / 'rank0.pth')
+    for name, value in end['state_dict'].items():
+        assert torch.equal(value, first[name]), name
+
+
+def test_dist_test_repeats_the_single_process(pair, shapes, tmp_path, python):
+    newest = checkpoints(pair)[-1]
+    done = run(
+        'bash', 'tools/dist_test.sh', CONFIG, newest, 2, '--work-dir',
+        tmp_path / 'two', *OPTIONS, **environment(shapes),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    python('tools/test.py', CONFIG, newest, '--work-dir', tmp_path / 'one',
+           *OPTIONS, SHAPES_ROOT=str(shapes))  # fmt: skip
+    two, one = metrics(tmp_path / 'two'), metrics(tmp_path / 'one')
+    names = [k for k in one if 'mAP' in k]
+    assert names and all(two[k] == one[k] for k in names)
+
+
+def test_two_machines(shapes, tmp_path):
+    """Of one process each, which meet on the loopback device."""
+    shared = environment(shapes)
+    nodes = [
+        subprocess.Popen(
+            ['bash', 'tools/dist_train.sh', dumping_ranks(tmp_path), '1',
+             '--work-dir', str(tmp_path), *OPTIONS],
+            cwd=ROOT,
+            env={**os.environ, **shared, 'NNODES': '2', 'NODE_RANK': str(r)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for r in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        output, _ = node.communicate(timeout=300)
+        assert node.returncode == 0, output[-3000:]
+    check_ranks_agree(tmp_path)
+
+
+def process_of(rank: int, marker: str) -> int:
+    """The process of a rank in the job whose command line has the marker."""
+    for folder in Path('/proc').glob('[0-9]*'):
+        try:
+            words = (folder / 'cmdline').read_text().split('\0')
+            variables = (folder / 'environ').read_text().split('\0')
+        except OSError:
+            continue  # it is gone, or another user's
+        if marker in words and f'RANK={rank}' in variables:
+            return int(folder.name)
+    raise AssertionError(f'no process of rank {rank}')
+
+
+@pytest.mark.skipif(not Path('/proc').is_dir(), reason='needs /proc')
+def test_a_killed_rank(shapes, tmp_path):
+    """Ends the job, is named, and costs what the last checkpoint lacks."""
+    options = [*OPTIONS, 'train_cfg.max_epochs=100']
+    options[options.index('train_cfg.val_interval=2')] = (
+        'train_cfg.val_interval=100'
+    )
+    job = subprocess.Popen(
+        ['bash', 'tools/dist_train.sh', CONFIG, '2', '--work-dir',
+         str(tmp_path), *options],
+        cwd=ROOT,
+        env={**os.environ, **environment(shapes)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    try:
+        for _ in range(240):
+            if (tmp_path / 'last_checkpoint').exists() or job.poll():
+                break
+            time.sleep(0.5)
+        os.kill(process_of(1, str(tmp_path)), signal.SIGKILL)
+        output, _ = job.communicate(timeout=60)
+    finally:
+        job.kill()
+    assert job.returncode != 0
+    assert re.search(r'rank\s*: 1 ', output), output[-3000:]
+    assert 'SIGKILL' in output
+
+    saved = checkpoints(tmp_path)
+    last = read_checkpoint(str(saved[-1]))['meta']
+    assert last['iter'] == last['epoch'] * 6
+    more = last['epoch'] + 1
+    end = [f'train_cfg.max_epochs={more}', 'train_cfg.val_interval=100']
+    done = run(
+        'bash', 'tools/dist_train.sh', CONFIG, 2, '--work-dir', tmp_path,
+        '--resume', *options, *end, **environment(shapes),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert read_checkpoint(str(checkpoints(tmp_path)[-1]))['meta']['iter'] == (
+        more * 6
+    )
+    # one process has twice the steps in an epoch, and goes on all the same
+    end[0] = f'train_cfg.max_epochs={more + 1}'
+    done = run(
+        sys.executable, 'tools/train.py', CONFIG, '--work-dir', tmp_path,
+        '--resume', *options, *end, SHAPES_ROOT=str(shapes),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert checkpoints(tmp_path)[-1].name == f'epoch_{more + 1}.pth'

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Test on several processes, one per GPU; without a GPU, on gloo.
+#
+#   bash tools/dist_test.sh CONFIG CHECKPOINT PROCESSES [arguments of tools/test.py]
+#
+# On several machines, run it on each with the same config and, in the
+# environment, NNODES (how many machines), NODE_RANK (which one this is, from
+# 0), MASTER_ADDR (the address of machine 0) and PORT (a free one there,
+# 29500); PROCESSES is the number on each machine.
+set -euo pipefail
+if [ $# -lt 3 ] || [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0"
+    [[ "${1:-}" = -h || "${1:-}" = --help ]]
+    exit
+fi
+config=$1
+checkpoint=$2
+processes=$3
+shift 3
+exec "${PYTHON:-python}" -m torch.distributed.run \
+    --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
+    --master-addr "${MASTER_ADDR:-127.0.0.1}" \
+    --master-port "${PORT:-29500}" --nproc-per-node "$processes" \
+    "$(dirname "${BASH_SOURCE[0]}")/test.py" "$config" "$checkpoint" \
+    --launcher pytorch "$@"
