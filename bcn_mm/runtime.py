@@ -6,20 +6,22 @@ tools which import it through ``custom_imports`` read their own checkpoints.
 
 import argparse
 import atexit
+import glob
 import os
 import pickle
 import re
 import subprocess
 import sys
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Optional
 
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
-from mmengine.runner import Runner
+from mmengine.runner import Runner, find_latest_checkpoint
 
 _STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 
@@ -224,8 +226,41 @@ def _first_host(launcher: str) -> str:
     return hosts.stdout.split()[0]
 
 
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local files, written beside their target and moved there.
+
+    A process that dies while it writes leaves what was there before.
+    """
+
+    def put(self, obj: bytes, filepath) -> None:
+        os.makedirs(os.path.dirname(os.path.abspath(filepath)), exist_ok=True)
+        draft = f'{filepath}.part'
+        with open(draft, 'wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, filepath)
+
+
+def find_newest_checkpoint(work_dir: str) -> Optional[str]:
+    """The checkpoint that ``--resume`` goes on from, None if there is none.
+
+    That is what mmengine's ``last_checkpoint`` names, or, where a process
+    died while it wrote that file, the ``*.pth`` that was written last.
+    """
+    source = find_latest_checkpoint(work_dir)
+    if source == '':
+        files = glob.glob(os.path.join(glob.escape(work_dir), '*.pth'))
+        source = max(files, key=os.path.getmtime, default=None)
+    return source
+
+
 def build_runner(cfg: Config) -> Runner:
-    """The runner of a config, on a machine with GPUs or without."""
+    """The runner of a config, on a machine with GPUs or without.
+
+    It writes checkpoints atomically from here on.
+    """
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
     _prepare_launch(cfg)
     if 'runner_type' in cfg:
         return RUNNERS.build(cfg)

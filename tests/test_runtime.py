@@ -1,21 +1,28 @@
 import argparse
 import collections
+import multiprocessing
 import os
 import pickle
+import random
+import time
 
 import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
+from mmengine.runner import save_checkpoint
 from torch import nn
 
 from bcn_mm import BCN
 from bcn_mm.runtime import (
+    AtomicLocalBackend,
     InputError,
     add_arguments,
     build_runner,
     check_match,
+    find_newest_checkpoint,
     load_config,
     one_line_errors,
     read_checkpoint,
@@ -186,3 +193,53 @@ def test_a_launcher_that_does_not_say_where(monkeypatch):
         monkeypatch.setenv({'SIZE': 'WORLD_SIZE'}.get(name, name), '0')
     with pytest.raises(InputError, match='set MASTER_ADDR'):
         build_runner(Config(dict(launcher='mpi')))
+
+
+@pytest.fixture
+def atomic():
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+    yield
+    register_backend('local', LocalBackend, force=True, prefixes='')
+
+
+def save_for_ever(path):
+    torch.set_num_threads(1)
+    state = dict(state_dict=dict(weight=torch.zeros(1 << 22)))
+    for i in range(1 << 20):
+        state['state_dict']['weight'].fill_(i)
+        save_checkpoint(state, path)
+
+
+def test_killed_while_it_writes_a_checkpoint(atomic, tmp_path):
+    """Twenty times, in the middle of things; what is there is whole."""
+    path = str(tmp_path / 'epoch_1.pth')
+    chance, drafts = random.Random(0), 0
+    for _ in range(20):
+        process = multiprocessing.get_context('fork').Process(
+            target=save_for_ever, args=(path,)
+        )
+        process.start()
+        time.sleep(0.15 + 0.2 * chance.random())
+        process.kill()
+        process.join()
+        draft = tmp_path / 'epoch_1.pth.part'
+        drafts += draft.exists()
+        draft.unlink(missing_ok=True)
+        if os.path.exists(path):
+            weight = read_checkpoint(path)['state_dict']['weight']
+            assert (weight == weight[0]).all()
+    assert os.path.exists(path) and drafts > 0  # some were half-way
+
+
+def test_newest_checkpoint(tmp_path):
+    assert find_newest_checkpoint(str(tmp_path)) is None
+    named = tmp_path / 'last_checkpoint'
+    named.write_text('')
+    assert find_newest_checkpoint(str(tmp_path)) is None
+    for i, name in enumerate(('iter_2.pth', 'iter_10.pth')):
+        (tmp_path / name).touch()
+        os.utime(tmp_path / name, (i, i))
+    newest = find_newest_checkpoint(str(tmp_path))
+    assert newest == str(tmp_path / 'iter_10.pth')
+    named.write_text('elsewhere.pth')
+    assert find_newest_checkpoint(str(tmp_path)) == 'elsewhere.pth'

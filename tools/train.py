@@ -3,13 +3,12 @@
 import argparse
 import os.path as osp
 
-from mmengine.runner import find_latest_checkpoint
-
 from bcn_mm.runtime import (
     InputError,
     add_arguments,
     build_runner,
     check_match,
+    find_newest_checkpoint,
     load_config,
     one_line_errors,
     read_checkpoint,
@@ -79,7 +78,7 @@ def main() -> None:
         cfg = configure(args)
         source = cfg.get('load_from')
         if cfg.get('resume') and not source:
-            source = find_latest_checkpoint(cfg.work_dir)
+            source = cfg.load_from = find_newest_checkpoint(cfg.work_dir)
         # wrong files are found before anything is built or written
         checkpoint = (
             read_checkpoint(source)

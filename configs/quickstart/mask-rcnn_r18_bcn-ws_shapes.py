@@ -122,6 +122,6 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, milestones=[3], gamma=0.1),
 ]
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=1), logger=dict(interval=100)
+    checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=100)
 )
 randomness = dict(seed=0)
