@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from unittest import mock
 
 import pytest
 import reference
@@ -128,6 +129,24 @@ def run_group(rank, world):
     return bool(torch.equal(layer(x), alone(x)))
 
 
+def run_counting(rank, world, estimate):
+    """How many numbers each collective of a pass carries, either way."""
+    carried, real = [], dist.all_reduce
+
+    def counting(tensor, *args, **kwargs):
+        carried.append((tensor.numel(), tensor.element_size()))
+        return real(tensor, *args, **kwargs)
+
+    layer = make_layer(estimate)
+    x, dy = make_batches(BATCHES[world]['equal'], 0)[rank]
+    with mock.patch.object(dist, 'all_reduce', counting):
+        y = layer(x.float().requires_grad_())
+        forward = carried.copy()
+        y.backward(dy.float())
+        layer.eval()(x)
+    return forward, carried[len(forward) :]
+
+
 def run_all(rank, world):
     results = {
         f'{name} {estimate}': run_case(rank, world, name, estimate)
@@ -139,6 +158,9 @@ def run_all(rank, world):
                 rank, world, 'unequal batches', estimate, recompute=True
             )
             results[f'overflow {estimate}'] = run_overflow(
+                rank, world, estimate
+            )
+            results[f'carried {estimate}'] = run_counting(
                 rank, world, estimate
             )
         results['average'] = run_average(rank, world)
@@ -226,6 +248,13 @@ def test_an_overflow_poisons_nobody(ranks, estimate):
     for k in BUFFERS:
         assert first[k].isfinite().all()
         assert torch.equal(first[k], second[k])
+
+
+@pytest.mark.parametrize('estimate', [True, False])
+def test_one_small_message_a_pass(ranks, estimate):
+    forward, backward = ranks[2][0][f'carried {estimate}']
+    assert forward == [(2 * CHANNELS + 1, 8)]
+    assert backward == ([] if estimate else [(2 * CHANNELS, 4)])
 
 
 def test_average_estimates(ranks):
