@@ -38,10 +38,10 @@ def environment(shapes) -> dict:
     )
 
 
-def dumping_ranks(folder: Path) -> Path:
+def dumping_ranks(folder: Path, base: str = CONFIG) -> Path:
     config = folder / 'dumping_ranks.py'
     config.write_text(
-        f"_base_ = '{ROOT / CONFIG}'\n"
+        f"_base_ = '{ROOT / base}'\n"
         "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
         "custom_hooks = [dict(type='SyncEstimatesHook'), "
         f"dict(type='DumpRanks', folder='{folder}')]\n"
@@ -59,26 +59,39 @@ def check_ranks_agree(folder: Path) -> None:
     assert len(moved) > 20 and all(v.abs().max() > 0 for v in moved)
 
 
-@pytest.fixture(scope='module')
-def pair(shapes, tmp_path_factory):
-    """A model that two ranks on one machine trained."""
-    folder = tmp_path_factory.mktemp('pair')
+def train_pair(task, folder, shapes) -> Path:
+    """Train on two ranks of one machine."""
     done = run(
-        'bash', 'tools/dist_train.sh', dumping_ranks(folder), 2,
-        '--work-dir', folder, *OPTIONS, **environment(shapes),
+        'bash', 'tools/dist_train.sh', dumping_ranks(folder, CONFIGS[task]),
+        2, '--work-dir', folder, '--cfg-options', *SHORT[task], *QUIET,
+        **environment(shapes),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
 
 
+@pytest.fixture(scope='module')
+def pair(shapes, tmp_path_factory):
+    return train_pair('det', tmp_path_factory.mktemp('det'), shapes)
+
+
+def check_saved(folder: Path, iterations: int) -> None:
+    """The newest checkpoint is what all ranks hold."""
+    end = read_checkpoint(str(checkpoints(folder)[-1]))
+    assert end['meta']['iter'] == iterations
+    first = torch.load(folder / 'rank0.pth')
+    for name, value in end['state_dict'].items():
+        torch.testing.assert_close(value, first[name], msg=name)
+
+
 def test_ranks_agree(pair):
     check_ranks_agree(pair)
-    end = read_checkpoint(str(checkpoints(pair)[-1]))
-    assert end['meta']['iter'] == 12  # 2 passes over 12 pictures by 2 ranks
-    # what was saved is what all of them hold
-    first = torch.load(pair / 'rank0.pth')
-    for name, value in end['state_dict'].items():
-        assert torch.equal(value, first[name]), name
+    check_saved(pair, 12)  # 2 passes over 12 pictures by 2 ranks
+
+
+def test_ranks_agree_without_epochs(shapes, tmp_path):
+    check_ranks_agree(train_pair('seg', tmp_path, shapes))
+    check_saved(tmp_path, 24)
 
 
 def test_dist_test_repeats_the_single_process(pair, shapes, tmp_path, python):
