@@ -20,8 +20,8 @@ _aten = torch.ops.aten
 # Rows whose squared mean exceeds this many variances get their variance from
 # centred values; below it the sum of squares loses at most three bits.
 _CANCELLATION = 4.0
-# Elements that such a repair may copy at once (1 MiB of float32).
-_REPAIR_ELEMENTS = 1 << 18
+# Elements that may be copied at once (1 MiB of float32).
+_PORTION = 1 << 18
 # Rows up to this length are summed by one native call that reads them once,
 # in one chain of vector additions; longer rows need the cascade of torch.sum.
 _SHORT_ROW = 1 << 12
@@ -92,6 +92,19 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     length = x.shape[2]
     if length <= _SHORT_ROW and x.is_contiguous():
         mean, square = _sums(x, x, None, dtype)
+    elif _in_portions(x):
+        rows = x.view(-1, length)
+        mean, square = x.new_empty(2, *x.shape[:2], dtype=dtype)
+        step = max(1, _PORTION // length)
+        for row, total, squared in zip(
+            *(t.view(rows.shape[0], -1).split(step)
+              for t in (rows, mean, square))
+        ):  # fmt: skip
+            row = row.to(dtype)
+            total.copy_(row.sum(dim=1, keepdim=True))
+            squared.copy_(
+                torch.linalg.vector_norm(row, dim=1, keepdim=True).square_()
+            )
     else:
         mean = x.sum(dim=2, dtype=dtype)
         square = torch.linalg.vector_norm(x, dim=2, dtype=dtype).square_()
@@ -102,7 +115,7 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     cancelled = torch.add(square, var, alpha=-1 - _CANCELLATION)
     if cancelled.max().item() > 0:
         for index in (
-            (cancelled > 0).nonzero().split(max(1, _REPAIR_ELEMENTS // length))
+            (cancelled > 0).nonzero().split(max(1, _PORTION // length))
         ):
             n, c = index.unbind(1)
             rows = x[n, c].to(dtype)
@@ -193,5 +206,27 @@ def apply_add(
 ) -> Tensor:
     """Return the fresh tensor ``dy_scale * dy + x_scale * x + shift``."""
     out = apply(x, x_scale, shift)
-    _flat(out).addcmul_(_flat(dy), dy_scale.unsqueeze(2))
+    if not _in_portions(x):
+        _flat(out).addcmul_(_flat(dy), dy_scale.unsqueeze(2))
+        return out
+    rows = dy_scale.view(-1, 1)
+    step = max(1, _PORTION // x.shape[2:].numel())
+    for o, d, scale in zip(
+        *(t.view(rows.shape[0], -1).split(step) for t in (out, dy, rows))
+    ):
+        o.addcmul_(d, scale)
     return out
+
+
+def _in_portions(x: Tensor) -> bool:
+    """Whether ``x`` is best worked on a few rows at a time.
+
+    Where dtypes mix, the CPU's kernels copy their whole operands to float32;
+    copies of a few rows stay in its cache.
+    """
+    return (
+        x.device.type == 'cpu'
+        and x.dtype in (torch.float16, torch.bfloat16)
+        and x.is_contiguous()
+        and not torch.compiler.is_compiling()
+    )

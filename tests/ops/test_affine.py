@@ -29,7 +29,7 @@ def test_moments_do_not_cancel(layout, shape, ratio):
 
 
 def test_moments_repair_in_several_portions(monkeypatch):
-    monkeypatch.setattr(affine, '_REPAIR_ELEMENTS', 20)
+    monkeypatch.setattr(affine, '_PORTION', 20)
     x = torch.randn(4, 6, 3, 3, dtype=torch.double)
     x[1:3] += 1e6
     mean, var = affine.moments(x)
@@ -48,6 +48,22 @@ def test_moments_of_half_precision_are_float32(dtype):
     torch.testing.assert_close(
         var.double(), exact.var(2, unbiased=False), rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize('portion', [1, 9000, 1 << 18])
+def test_half_precision_in_portions(monkeypatch, portion):
+    """Of rows, however many at once: the passes of the whole."""
+    monkeypatch.setattr(affine, '_PORTION', portion)
+    x, dy = (torch.randn(2, 2, 3, 60, 80) + 1).bfloat16()
+    mean, var = affine.moments(x)
+    exact = x.double().flatten(2)
+    torch.testing.assert_close(mean, exact.mean(2).float())
+    torch.testing.assert_close(var, exact.var(2, correction=0).float())
+    a, b, d = torch.randn(3, 2, 3)
+    got = affine.apply_add(dy, x, a, b, d)
+    whole = affine.apply(x, b, d)
+    whole.flatten(2).addcmul_(dy.flatten(2), a.unsqueeze(2))
+    assert torch.equal(got, whole)
 
 
 @given(
