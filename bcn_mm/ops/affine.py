@@ -107,7 +107,10 @@ def moments(x: Tensor) -> Tuple[Tensor, Tensor]:
             )
     else:
         mean = x.sum(dim=2, dtype=dtype)
-        square = torch.linalg.vector_norm(x, dim=2, dtype=dtype).square_()
+        if x.is_contiguous():
+            square = torch.linalg.vector_norm(x, dim=2, dtype=dtype).square_()
+        else:  # channels-last, where it is slow
+            square = x.to(dtype).square().sum(dim=2)
     mean.div_(length)
     square.div_(length)
     var = torch.addcmul(square, mean, mean, value=-1)
@@ -171,7 +174,7 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
     Returns:
         tuple[Tensor, Tensor]: two (N, C) tensors of the dtype of ``mean``.
     """
-    if _rows(x) is None:
+    if not x.is_contiguous():  # where the native call is slow
         dy, x = _flat(dy), _flat(x)
         return (
             dy.sum(dim=2, dtype=mean.dtype),
@@ -183,7 +186,7 @@ def reduce(dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
 def _sums(
     dy: Tensor, x: Tensor, mean: Optional[Tensor], dtype: torch.dtype
 ) -> Tuple[Tensor, Tensor]:
-    """:func:`reduce` for an ``x`` that :func:`_rows` can view."""
+    """:func:`reduce` for a contiguous ``x``."""
     rows = _rows(x)
     zero = rows.new_zeros(rows.shape[1], dtype=dtype)
     _, centred, plain = _aten.native_batch_norm_backward(
