@@ -71,7 +71,7 @@ def swap(cfg: Config, norm_cfg: dict, conv_cfg: dict) -> ConfigDict:
             found += 1
         if 'norm_eval' in node:
             node.norm_eval = False
-        if (node.get('init_cfg') or {}) and 'checkpoint' in node.init_cfg:
+        if 'checkpoint' in (node.get('init_cfg') or ()):
             node.init_cfg = None
     model.pop('pretrained', None)
     if not found:
