@@ -15,6 +15,7 @@ from ..ops import (
     batch_channel_norm,
     check_num_groups,
     default_num_groups,
+    inside_backward,
 )
 
 
@@ -38,6 +39,16 @@ class BCN(nn.GroupNorm):
     stage at identity. The authors' layout loads too (``weight`` and ``bias``
     of shape (1, G, 1) beside ``bn.*`` or ``pbn.*``).
 
+    **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
+    SOLO) pass every level through one layer, and the levels' statistics
+    differ, so that no single estimate is right for any of them.
+    ``num_levels`` keeps one estimate per level; the affine parameters stay
+    shared. The level is known by order: such heads pass the levels from fine
+    to coarse, so the calls of one pass are levels 0, 1, 2, ... A pass is over
+    after ``num_levels`` calls, or when an input has more spatial positions
+    than the one before it, so that a pass that broke off, or had fewer
+    levels, puts none out of step but itself at most.
+
     Args:
         num_features (int): The number of channels C.
         num_groups (int, optional): The number of groups G of the channel
@@ -53,6 +64,8 @@ class BCN(nn.GroupNorm):
             Default: True.
         estimate (bool): Whether the batch stage uses running estimates in
             training too. Default: True.
+        num_levels (int): How many pyramid levels share the layer and pass
+            through it in turn, from fine to coarse. Default: 1.
         sync (bool): Whether distributed training takes the batch statistics
             over all ranks in every pass (see the ``group`` of
             :func:`bcn_mm.ops.batch_channel_norm`); else every rank has its
@@ -71,12 +84,14 @@ class BCN(nn.GroupNorm):
     Attributes:
         weight, bias: (G), the affine pair of the channel stage.
         batch_weight, batch_bias: (C), the affine pair of the batch stage.
-        running_mean, running_var: (C), the estimates; start at 0 and 1.
-        num_batches_tracked: training passes seen, an int64 scalar.
+        running_mean, running_var: (C), or (num_levels, C) if that is more
+            than one; the estimates; start at 0 and 1.
+        num_batches_tracked: training passes seen, an int64 scalar, or
+            (num_levels).
 
     Raises:
         ValueError: if ``num_groups`` does not divide ``num_features``, or
-            ``momentum`` or ``eps`` is out of range.
+            ``momentum``, ``eps`` or ``num_levels`` is out of range.
 
     Example:
         >>> layer = BCN(64)
@@ -94,6 +109,7 @@ class BCN(nn.GroupNorm):
         momentum: Optional[float] = 0.01,
         affine: bool = True,
         estimate: bool = True,
+        num_levels: int = 1,
         sync: bool = False,
         process_group: Optional['dist.ProcessGroup'] = None,
         device=None,
@@ -119,9 +135,12 @@ class BCN(nn.GroupNorm):
             )
         if not eps > 0:
             raise ValueError(f'eps must be positive, but got {eps}')
+        if num_levels < 1:
+            raise ValueError(f'num_levels must be positive, got {num_levels}')
         super().__init__(num_groups, num_features, eps=eps, affine=False)
         self.momentum = momentum
         self.estimate = estimate
+        self.num_levels = num_levels
         self.sync = sync
         self.process_group = process_group
         self.affine = affine
@@ -136,17 +155,17 @@ class BCN(nn.GroupNorm):
                 name,
                 nn.Parameter(torch.empty(size, **factory)) if affine else None,
             )
-        self.register_buffer(
-            'running_mean', torch.empty(num_features, **factory)
-        )
-        self.register_buffer(
-            'running_var', torch.empty(num_features, **factory)
-        )
+        levels = () if num_levels == 1 else (num_levels,)
+        for name in ('running_mean', 'running_var'):
+            self.register_buffer(
+                name, torch.empty(*levels, num_features, **factory)
+            )
         self.register_buffer(
             'num_batches_tracked',
-            torch.empty((), dtype=torch.long, device=device),
+            torch.empty(levels, dtype=torch.long, device=device),
         )
         self._recent = RecentEstimates()
+        self._sizes = []  # of the inputs of the pass through the levels
         self.reset_parameters()
 
     @property
@@ -173,11 +192,19 @@ class BCN(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``; in training mode move the estimates first."""
+        mean, var, passes = (
+            self.running_mean,
+            self.running_var,
+            self.num_batches_tracked,
+        )
+        if self.num_levels > 1:
+            level = self._level(x)
+            mean, var, passes = mean[level], var[level], passes[level]
         return batch_channel_norm(
             x,
             self.num_groups,
-            self.running_mean,
-            self.running_var,
+            mean,
+            var,
             self.batch_weight,
             self.batch_bias,
             self.weight,
@@ -186,10 +213,26 @@ class BCN(nn.GroupNorm):
             estimate=self.estimate,
             momentum=self.momentum,
             eps=self.eps,
-            num_batches_tracked=self.num_batches_tracked,
+            num_batches_tracked=passes,
             recent=self._recent,
             group=self._group() if self.sync and self.training else None,
         )
+
+    def _level(self, x: Tensor) -> int:
+        """Which level this call is for; see the class's docstring."""
+        size = x.shape[2:].numel()
+        if inside_backward():  # recomputed, in whatever order
+            return self._sizes.index(size) if size in self._sizes else 0
+        if len(self._sizes) == self.num_levels or (
+            self._sizes and size > self._sizes[-1]
+        ):
+            self._sizes = []
+        self._sizes.append(size)
+        return len(self._sizes) - 1
+
+    def train(self, mode: bool = True):
+        self._sizes = []
+        return super().train(mode)
 
     def _group(self) -> Optional['dist.ProcessGroup']:
         """The ranks to synchronise with, None if there are no others."""
@@ -203,7 +246,7 @@ class BCN(nn.GroupNorm):
             f'{self.num_channels}, num_groups={self.num_groups}, '
             f'eps={self.eps}, momentum={self.momentum}, '
             f'affine={self.affine}, estimate={self.estimate}, '
-            f'sync={self.sync}'
+            f'num_levels={self.num_levels}, sync={self.sync}'
         )
 
     def _load_from_state_dict(
@@ -224,6 +267,7 @@ class BCN(nn.GroupNorm):
                 logger='current',
                 level=logging.INFO,
             )
+        self._spread_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -233,6 +277,13 @@ class BCN(nn.GroupNorm):
             unexpected_keys,
             error_msgs,
         )
+
+    def _spread_over_levels(self, state_dict, prefix) -> None:
+        """Start every level from the one estimate that a state has."""
+        for name in ('running_mean', 'running_var', 'num_batches_tracked'):
+            own, given = getattr(self, name), state_dict.get(prefix + name)
+            if given is not None and given.shape == own.shape[1:]:
+                state_dict[prefix + name] = given.expand_as(own)
 
     def _adopt(self, state_dict, prefix) -> Optional[str]:
         """Rename what another layout holds for this layer, in place.
@@ -351,8 +402,9 @@ def average_estimates(
     :math:`\bar\mu = \sum n_k \mu_k / \sum n_k` and the variance that of the
     mixture, :math:`\sum n_k (\sigma_k^2 + (\mu_k - \bar\mu)^2) / \sum n_k`;
     ``num_batches_tracked`` becomes the mean, rounded. A layer that no rank has
-    used stays as it is. One ``all_reduce`` of 2 C + 1 float64 numbers for all
-    layers; every rank must call it. Without effect in a single process.
+    used stays as it is; pyramid levels are averaged each for itself. One
+    ``all_reduce`` of 2 C + 1 float64 numbers for all layers; every rank must
+    call it. Without effect in a single process.
 
     Args:
         module (nn.Module): Changed in place.
@@ -366,15 +418,15 @@ def average_estimates(
         return
     sums = []
     for layer in layers:
-        passes = layer.num_batches_tracked.to(torch.float64).view(1)
+        passes = layer.num_batches_tracked.to(torch.float64).unsqueeze(-1)
         mean = layer.running_mean.to(torch.float64)
         second = layer.running_var + mean.square()
         sums += [mean * passes, second * passes, passes]
-    sums = torch.cat(sums)
+    shapes = [t.shape for t in sums]
+    sums = torch.cat([t.flatten() for t in sums])
     dist.all_reduce(sums, group=process_group)
-    parts = sums.split(
-        [n for m in layers for n in (m.num_features,) * 2 + (1,)]
-    )
+    parts = sums.split([shape.numel() for shape in shapes])
+    parts = [part.view(shape) for part, shape in zip(parts, shapes)]
     for layer, mean, second, passes in zip(
         layers, parts[::3], parts[1::3], parts[2::3]
     ):
@@ -385,4 +437,4 @@ def average_estimates(
             (layer.running_var, second - mean.square()),
         ):
             buffer.copy_(torch.where(seen, value.to(buffer.dtype), buffer))
-        layer.num_batches_tracked.copy_((passes / ranks).round()[0])
+        layer.num_batches_tracked.copy_((passes / ranks).round().squeeze(-1))

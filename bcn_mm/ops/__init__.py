@@ -5,6 +5,7 @@ from .batch_channel_norm import (
     batch_channel_norm,
     check_num_groups,
     default_num_groups,
+    inside_backward,
 )
 from .weight_standardization import DIALECTS, check_dialect, standardize_weight
 
@@ -15,5 +16,6 @@ __all__ = [
     'check_dialect',
     'check_num_groups',
     'default_num_groups',
+    'inside_backward',
     'standardize_weight',
 ]

@@ -393,7 +393,7 @@ def batch_channel_norm(
     if torch.compiler.is_compiling():
         recent = None  # what is traced is not recomputed by calls
     memory = recent if estimate and x.numel() > 0 else None
-    repeats = training and recent is not None and _inside_backward()
+    repeats = training and recent is not None and inside_backward()
     with _autocast_off(x):
         x = affine.dense(x)
         affines = _to(affine.compute_dtype(x), *affines)
@@ -531,6 +531,9 @@ def _mean_of_samples(t: Tensor) -> Tensor:
     return t[0] if t.shape[0] == 1 else t.mean(0)
 
 
-def _inside_backward() -> bool:
+def inside_backward() -> bool:
     """Whether autograd is running this forward pass, to recompute it."""
-    return torch._C._current_graph_task_id() != -1
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._current_graph_task_id() != -1
+    )
