@@ -25,12 +25,27 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['bcn_mm', 'bcn_mm.*']),
+    # bcn_mm/.mim is where mmengine and mim look for a package's configs and
+    # tools: links to the real folders in the repository, copies in a wheel
+    package_data={
+        'bcn_mm': [
+            '.mim/model-index.yml',
+            '.mim/configs/**',
+            '.mim/tools/**/*.py',
+            '.mim/tools/dist_*.sh',
+            '.mim/tools/slurm_*.sh',
+        ]
+    },
+    exclude_package_data={'bcn_mm': ['*.pyc']},
     python_requires='>=3.9',
-    # torch, mmcv and the other mm packages are the user's own choice of build
-    # or fork (requirements/mminstall.txt), so none is required here
+    # torch (2.4 or later; tried: 2.13), mmcv and the other mm packages are the
+    # user's own choice of build or fork (requirements/mminstall.txt, or
+    # lock-onedl.txt), so none is required here
     install_requires=requirements('runtime'),
     extras_require=dict(
-        mm=requirements('mminstall'), tests=requirements('tests')
+        mm=requirements('mminstall'),
+        imagenet=requirements('imagenet'),
+        tests=requirements('tests'),
     ),
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -15,7 +15,7 @@ from .layers import (
     convert_sync_bcn,
     revert_sync_bcn,
 )
-from .runtime import allow_mmengine_checkpoints
+from .runtime import allow_mmengine_checkpoints, offer_configs
 from .version import __version__
 
 __all__ = [
@@ -32,3 +32,4 @@ __all__ = [
 ]
 
 allow_mmengine_checkpoints()
+offer_configs()

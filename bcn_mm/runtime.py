@@ -1,7 +1,8 @@
 """What the tools share, and what the stack underneath needs in order to run.
 
 Importing ``bcn_mm`` calls :func:`allow_mmengine_checkpoints`, so that stock
-tools which import it through ``custom_imports`` read their own checkpoints.
+tools which import it through ``custom_imports`` read their own checkpoints,
+and :func:`offer_configs`.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from typing import Iterator, Optional
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
+from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
@@ -54,6 +56,29 @@ def allow_mmengine_checkpoints() -> None:
             allowed.append((getattr(multiarray, name), f'{module}.{name}'))
     allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDU'}
     torch.serialization.add_safe_globals(allowed)
+
+
+def offer_configs() -> None:
+    """Let ``bcn_mm::FOLDER/NAME.py`` name the configs that come with bcn_mm.
+
+    As ``mmdet::FOLDER/NAME.py`` does for mmdet's, in ``_base_`` and in
+    ``mmengine.hub.get_config``, however bcn_mm was installed.
+    """
+    if 'bcn_mm' in MODULE2PACKAGE:
+        return
+    # a module's name: mmengine finds its folder, but not that of a
+    # distribution which is installed as editable
+    MODULE2PACKAGE['bcn_mm'] = 'bcn_mm.version'
+    find = Config._get_cfg_path
+
+    def find_config(path: str, filename: str):
+        """Without the scope 'bcn_mm', which mmengine would make up for it:
+        everything here is registered in the root, and a config's pipeline is
+        to be built in the scope of the config that uses it."""
+        found, scope = find(path, filename)
+        return found, None if scope == 'bcn_mm' else scope
+
+    Config._get_cfg_path = staticmethod(find_config)
 
 
 class InputError(Exception):

@@ -1,0 +1,129 @@
+"""What an installed bcn_mm offers, away from the repository."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import ROOT, run
+
+pytestmark = pytest.mark.slow
+
+# one config from each stack, and one that defines its own pipeline
+DERIVED = [
+    'deeplabv3/deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-512x1024.py',
+    'mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
+    'quickstart/mask-rcnn_r18_bcn-ws_shapes.py',
+]
+USE = """
+import sys
+import bcn_mm
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.hub import get_config
+from mmengine.registry import HOOKS, MODELS, DefaultScope
+
+folder = bcn_mm.__path__[0]
+print(folder)
+for name in sys.argv[1:]:
+    with open('derived.py', 'w') as file:
+        file.write(f"_base_ = 'bcn_mm::{name}'\\nanswer = 42\\n")
+    cfg = Config.fromfile('derived.py')
+    assert cfg.answer == 42
+    own = get_config(f'bcn_mm::{name}')
+    assert own.filename == f'{folder}/.mim/configs/{name}', own.filename
+    assert own.model == Config.fromfile(own.filename).model == cfg.model
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        MODELS.build(cfg.model)
+        Compose(cfg.test_dataloader.dataset.pipeline)
+        for hook in cfg.custom_hooks:
+            HOOKS.build(hook)
+"""
+
+
+def tracked(*folders):
+    """What git knows in these folders of the repository."""
+    names = subprocess.run(
+        ['git', 'ls-files', '-z', *folders],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.split('\0')
+    return [n for n in names if n and os.path.lexists(ROOT / n)]
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory, python):
+    """Built from a copy of what git tracks, so that it dirties nothing."""
+    copy = tmp_path_factory.mktemp('copy')
+    for name in tracked():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    python(
+        '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation',
+        '--wheel-dir', copy / 'out', copy,
+    )  # fmt: skip
+    return next((copy / 'out').glob('bcn_mm-*.whl'))
+
+
+@pytest.fixture(scope='module')
+def installed(wheel, tmp_path_factory, python):
+    folder = tmp_path_factory.mktemp('installed')
+    python('-m', 'pip', 'install', '--no-deps', '--target', folder, wheel)
+    return folder
+
+
+def test_wheel_holds_configs_and_tools(wheel):
+    with zipfile.ZipFile(wheel) as file:
+        names = file.namelist()
+        held = {
+            name.split('.mim/')[1]: file.read(name)
+            for name in names
+            if name.startswith('bcn_mm/.mim/')
+        }
+    tools = [
+        name
+        for name in tracked('tools')
+        if name.endswith('.py')
+        or name.startswith(('tools/dist_', 'tools/slurm_'))
+    ]
+    assert sorted(held) == sorted(
+        [*tracked('configs'), *tools, 'model-index.yml']
+    )
+    for name, data in held.items():
+        assert data == (ROOT / name).read_bytes(), name
+    assert not [n for n in names if n.startswith(('tests/', 'tools/'))]
+
+
+@pytest.fixture
+def use(tmp_path, python):
+    """Use bcn_mm's configs with this PYTHONPATH, from elsewhere."""
+    (tmp_path / 'use.py').write_text(USE)
+
+    def call(path):
+        return python('use.py', *DERIVED, cwd=tmp_path, PYTHONPATH=path)
+
+    return call
+
+
+def test_wheel(installed, use, python, tmp_path):
+    assert f'{installed}/bcn_mm\n' in use(str(installed))
+    for name in ('train', 'test'):
+        script = installed / 'bcn_mm' / '.mim' / 'tools' / f'{name}.py'
+        out = python(script, '--help', cwd=tmp_path, PYTHONPATH=str(installed))
+        assert 'usage:' in out
+
+
+def test_checkout(use):
+    assert f'{ROOT}/bcn_mm\n' in use(str(ROOT))
+
+
+def test_editable_install(use, tmp_path):
+    where = 'import importlib.util as u; print(u.find_spec("bcn_mm").origin)'
+    done = run(sys.executable, '-c', where, cwd=tmp_path, PYTHONPATH='')
+    if f'{ROOT}/bcn_mm/' not in done.stdout:
+        pytest.skip('bcn_mm is not installed here from this folder (pip -e)')
+    assert f'{ROOT}/bcn_mm\n' in use('')
