@@ -1,0 +1,135 @@
+"""Random pictures with objects or labels, as a model's own data would be."""
+
+from typing import Iterator, Tuple
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.structures import InstanceData, PixelData
+
+
+def dicts(node) -> Iterator[ConfigDict]:
+    """Every dict in a config, outermost first."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    if not isinstance(node, (str, bytes)) and hasattr(node, '__iter__'):
+        for child in node:
+            yield from dicts(child)
+
+
+def num_classes(cfg: Config) -> int:
+    """Labels below this are legal in every head."""
+    keys = ('num_classes', 'num_things_classes')
+    return min(
+        (d[k] for d in dicts(cfg.model) for k in keys if d.get(k)), default=2
+    )
+
+
+def draw(
+    cfg: Config,
+    batch_size: int,
+    shape: Tuple[int, int],
+    objects: int = 8,
+    device: str = 'cpu',
+) -> dict:
+    """A training batch for the model of a config, the same at every call.
+
+    Args:
+        cfg (Config): Of mmdet's or mmseg's scope.
+        batch_size (int): Pictures.
+        shape (tuple[int]): Their height and width.
+        objects (int): In each picture, for detectors.
+        device (str): Where they go.
+
+    Returns:
+        dict: What the model's ``data_preprocessor`` takes.
+    """
+    scope = cfg.get('default_scope')
+    if scope == 'mmseg':
+        return _labelled(cfg, batch_size, shape, device)
+    if scope != 'mmdet':
+        raise ValueError(f'cannot draw pictures for the scope {scope}')
+    kind = cfg.model.get('data_preprocessor', {}).get('type')
+    if kind == 'TrackDataPreprocessor':
+        return _tracks(cfg, shape, objects)
+    batch = _detections(cfg, batch_size, shape, objects, device)
+    if kind == 'MultiBranchDataPreprocessor':
+        return _branches(batch)
+    return batch
+
+
+def _detections(cfg, batch_size, shape, objects, device) -> dict:
+    from mmdet.testing import demo_mm_inputs
+
+    batch = demo_mm_inputs(
+        batch_size,
+        (3, *shape),
+        num_items=[objects] * batch_size,
+        # it draws labels from 1 on
+        num_classes=max(2, num_classes(cfg)),
+        with_mask=True,
+        with_semantic=True,
+        use_box_type=True,
+        device=device,
+    )
+    for sample in batch['data_samples']:
+        sample.set_metainfo(
+            dict(batch_input_shape=shape, pad_shape=shape, img_path='')
+        )
+        # what detectors without a proposal stage of their own take
+        truth = sample.gt_instances
+        sample.proposals = InstanceData(
+            bboxes=truth.bboxes.tensor.clone(),
+            scores=torch.ones(len(truth.bboxes)),
+        )
+        sample.gt_sem_seg.set_metainfo(dict(ignore_index=255))
+    return batch
+
+
+def _tracks(cfg, shape, objects) -> dict:
+    from mmdet.testing import demo_track_inputs
+
+    return demo_track_inputs(
+        1,
+        num_frames=2,
+        key_frames_inds=[0],
+        image_shapes=(3, *shape),
+        num_items=[objects],
+        num_classes=max(2, num_classes(cfg)),
+        with_mask=True,
+    )
+
+
+def _branches(batch) -> dict:
+    """The same pictures with labels and twice without."""
+    for sample in batch['data_samples']:
+        sample.set_metainfo(dict(homography_matrix=torch.eye(3).numpy()))
+    names = ('sup', 'unsup_teacher', 'unsup_student')
+    return {
+        key: {name: list(values) for name in names}
+        for key, values in batch.items()
+    }
+
+
+def _labelled(cfg, batch_size, shape, device) -> dict:
+    from mmseg.structures import SegDataSample
+
+    generator = torch.Generator().manual_seed(0)
+
+    def random(high, channels):
+        return torch.randint(
+            high, (channels, *shape), generator=generator, dtype=torch.uint8
+        ).to(device)
+
+    meta = dict(img_shape=shape, ori_shape=shape)
+    return dict(
+        inputs=[random(256, 3) for _ in range(batch_size)],
+        data_samples=[
+            SegDataSample(
+                metainfo=meta,
+                gt_sem_seg=PixelData(data=random(num_classes(cfg), 1).long()),
+                gt_edge_map=PixelData(data=random(2, 1).long()),
+            )
+            for _ in range(batch_size)
+        ],
+    )
