@@ -16,6 +16,24 @@ def requirements(name: str) -> list:
     return [line for line in lines if line and not line.startswith('#')]
 
 
+def shipped(*patterns: str) -> list:
+    """Files in bcn_mm/.mim, where mmengine and mim look for what a package
+    offers: links to the real folders in the repository, copies in a wheel.
+    setuptools expands ** only since 62.3, and mim's set-up installs 60.2."""
+    package = ROOT / 'bcn_mm'
+    if not (package / '.mim' / 'configs').is_dir():
+        raise SystemExit(
+            'bcn_mm/.mim/configs is no link to configs/: this copy of the '
+            'repository lost its symbolic links. Make one with git clone.'
+        )
+    return [
+        path.relative_to(package).as_posix()
+        for pattern in patterns
+        for path in sorted((package / '.mim').glob(pattern))
+        if path.is_file()
+    ]
+
+
 setup(
     name='bcn-mm',
     version=version(),
@@ -25,18 +43,15 @@ setup(
     long_description_content_type='text/markdown',
     license='Apache-2.0',
     packages=find_packages(include=['bcn_mm', 'bcn_mm.*']),
-    # bcn_mm/.mim is where mmengine and mim look for a package's configs and
-    # tools: links to the real folders in the repository, copies in a wheel
-    package_data={
-        'bcn_mm': [
-            '.mim/model-index.yml',
-            '.mim/configs/**',
-            '.mim/tools/**/*.py',
-            '.mim/tools/dist_*.sh',
-            '.mim/tools/slurm_*.sh',
-        ]
-    },
-    exclude_package_data={'bcn_mm': ['*.pyc']},
+    package_data=dict(
+        bcn_mm=shipped(
+            'model-index.yml',
+            'configs/**/*',
+            'tools/**/*.py',
+            'tools/dist_*.sh',
+            'tools/slurm_*.sh',
+        )
+    ),
     python_requires='>=3.9',
     # torch (2.4 or later; tried: 2.13), mmcv and the other mm packages are the
     # user's own choice of build or fork (requirements/mminstall.txt, or
