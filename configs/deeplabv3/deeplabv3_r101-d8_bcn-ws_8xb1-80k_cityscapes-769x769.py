@@ -1,0 +1,2 @@
+_base_ = './deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-769x769.py'
+model = dict(backbone=dict(depth=101))

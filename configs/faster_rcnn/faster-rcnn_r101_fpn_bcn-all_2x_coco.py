@@ -1,0 +1,6 @@
+_base_ = './faster-rcnn_r50_fpn_bcn-all_2x_coco.py'
+model = dict(
+    backbone=dict(
+        depth=101, init_cfg=dict(checkpoint='torchvision://resnet101')
+    )
+)

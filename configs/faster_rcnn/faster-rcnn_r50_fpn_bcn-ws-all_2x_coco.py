@@ -1,0 +1,32 @@
+# Faster R-CNN with BCN and Weight Standardization in the backbone, the neck
+# and the box head, one image per GPU.
+_base_ = 'mmdet::faster_rcnn/faster-rcnn_r50_fpn_2x_coco.py'
+custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
+
+norm_cfg = dict(type='BCN')
+conv_cfg = dict(type='WSConv2d')
+model = dict(
+    backbone=dict(
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
+        norm_eval=False,
+        # from scratch; the README says how to start from pretrained weights
+        frozen_stages=-1,
+        init_cfg=None,
+    ),
+    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    roi_head=dict(
+        bbox_head=dict(
+            type='Shared4Conv1FCBBoxHead',
+            conv_out_channels=256,
+            norm_cfg=norm_cfg,
+            conv_cfg=conv_cfg,
+        )
+    ),
+)
+
+# 8 GPUs x 1 image; --auto-scale-lr adapts the rate to other numbers
+train_dataloader = dict(batch_size=1)
+optim_wrapper = dict(optimizer=dict(lr=0.01))
+auto_scale_lr = dict(base_batch_size=8)

@@ -1,0 +1,21 @@
+# FCOS with BCN and Weight Standardization in the backbone, the neck and the
+# head, one image per GPU.
+_base_ = './fcos_r50_fpn_bn-frozen_1x_coco.py'
+custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
+
+norm_cfg = dict(type='BCN')
+conv_cfg = dict(type='WSConv2d')
+model = dict(
+    backbone=dict(
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
+        norm_eval=False,
+        # from scratch; the README says how to start from pretrained weights
+        frozen_stages=-1,
+        init_cfg=None,
+    ),
+    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    # five pyramid levels share the head's norms; each has its own estimates
+    bbox_head=dict(norm_cfg=dict(norm_cfg, num_levels=5), conv_cfg=conv_cfg),
+)

@@ -1,0 +1,18 @@
+# PSPNet with BCN and Weight Standardization throughout, one image per GPU.
+_base_ = 'mmseg::pspnet/pspnet_r50-d8_4xb2-80k_cityscapes-512x1024.py'
+custom_imports = dict(imports=['bcn_mm'])
+custom_hooks = [dict(type='SyncEstimatesHook')]
+
+norm_cfg = dict(type='BCN')
+conv_cfg = dict(type='WSConv2d')
+model = dict(
+    # from scratch; the README says how to start from pretrained weights
+    pretrained=None,
+    backbone=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    decode_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    auxiliary_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+)
+
+# 8 GPUs x 1 image: the stock rate; --auto-scale-lr adapts it to other numbers
+train_dataloader = dict(batch_size=1)
+auto_scale_lr = dict(enable=False, base_batch_size=8)

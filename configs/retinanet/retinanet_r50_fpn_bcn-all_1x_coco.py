@@ -1,0 +1,15 @@
+# BCN without Weight Standardization, from the stock BatchNorm backbone.
+_base_ = './retinanet_r50_fpn_bcn-ws-all_1x_coco.py'
+conv_cfg = None
+model = dict(
+    backbone=dict(
+        conv_cfg=conv_cfg,
+        init_cfg=dict(
+            _delete_=True,
+            type='Pretrained',
+            checkpoint='torchvision://resnet50',
+        ),
+    ),
+    neck=dict(conv_cfg=conv_cfg),
+    bbox_head=dict(conv_cfg=conv_cfg),
+)
