@@ -3,23 +3,22 @@
 #
 #   bash tools/setup_env.sh        # make or check the environment, say which
 #
-# The active environment is used as it is if it has everything; else .venv is
-# made in the repository, with the versions of requirements/lock.txt. Running
-# it again costs a second.
+# The active environment is used as it is if it has everything, and the stack
+# that MM_STACK names, if it is set; else .venv is made in the repository, with
+# the versions of requirements/lock.txt and lock-STACK.txt. Running it again
+# costs a second.
 #
+#   MM_STACK    openmmlab, or onedl: its maintained fork (openmmlab)
 #   PYTHON      the interpreter to make .venv with       (python3.11, python3)
-#   VENV        the environment to make                  (.venv)
+#   VENV        the environment to make                  (.venv; .venv-onedl)
 #   TORCH_SPEC  what pip installs as torch               (torch==2.13.0)
 #               a CUDA build:  TORCH_SPEC=torch==2.13.0+cu130, with
 #               PIP_EXTRA_INDEX_URL naming the index of such builds
-#   MMCV_SPEC   what pip installs as mmcv                (mmcv==2.1.0)
+#   MMCV_SPEC   what pip installs as mmcv (mmcv==2.1.0; onedl-mmcv==2.3.6)
 #               compiled here, unless PIP_FIND_LINKS names a folder with a wheel
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${VENV:-$ROOT/.venv}
 TORCH_SPEC=${TORCH_SPEC:-torch==2.13.0}
-MMCV_SPEC=${MMCV_SPEC:-mmcv==2.1.0}
-LOCK=$ROOT/requirements/lock.txt
 
 say() { printf '[setup] %s\n' "$*" >&2; }
 
@@ -29,15 +28,32 @@ die() {
     exit 1
 }
 
-# complete PYTHON: does this interpreter have everything?
+case "${MM_STACK:=}" in
+'' | openmmlab) STACK=openmmlab VENV=${VENV:-$ROOT/.venv} MMCV=mmcv==2.1.0 ;;
+onedl) STACK=onedl VENV=${VENV:-$ROOT/.venv-onedl} MMCV=onedl-mmcv==2.3.6 ;;
+*) die "there is no MM_STACK '$MM_STACK'" "Set it to openmmlab or onedl" ;;
+esac
+MMCV_SPEC=${MMCV_SPEC:-$MMCV}
+LOCKS=("$ROOT/requirements/lock.txt" "$ROOT/requirements/lock-$STACK.txt")
+
+# complete PYTHON [STACK]: does this interpreter have everything (of this stack)?
 complete() {
-    "$1" - <<'PY' >/dev/null 2>&1
-import importlib.util as u
-needed = ('torch', 'mmengine', 'mmcv._ext', 'mmdet', 'mmseg', 'ftfy', 'regex',
-          'pkg_resources', 'matplotlib', 'rich', 'pytest', 'pytest_timeout',
-          'hypothesis')
-raise SystemExit(any(u.find_spec(name) is None for name in needed))
+    "$1" - "${2:-}" <<'PY' >/dev/null 2>&1
+import sys, importlib.metadata as m, importlib.util as u
+fork = 'onedl-mmengine' in m.packages_distributions()['mmengine']
+needed = ['torch', 'mmengine', 'mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain',
+          'ftfy', 'regex', 'matplotlib', 'rich', 'pytest', 'pytest_timeout',
+          'hypothesis']
+needed += [] if fork else ['pkg_resources']
+raise SystemExit(any(u.find_spec(name) is None for name in needed)
+                 or sys.argv[1] not in ('', 'onedl' if fork else 'openmmlab'))
 PY
+}
+
+# wanted: what is to be in VENV
+wanted() {
+    cat "${LOCKS[@]}"
+    echo "$TORCH_SPEC $MMCV_SPEC"
 }
 
 # step WHAT HINT COMMAND...: run quietly; every 15 s tell how long it has taken
@@ -86,7 +102,7 @@ make_venv() {
         step "making $VENV with $python" "Install python3.11-venv, or set PYTHON" \
             "$python" -m venv "$VENV"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check
-        -c "$LOCK")
+        -c "${LOCKS[0]}" -c "${LOCKS[1]}")
     step "installing build tools" "$net" \
         "${pip[@]}" setuptools wheel ninja
     step "installing $TORCH_SPEC" "$net; set TORCH_SPEC for another build" \
@@ -99,11 +115,11 @@ make_venv() {
         "Install g++ and python3.11's headers, or put a wheel of mmcv into a folder and name that in PIP_FIND_LINKS" \
         env MMCV_WITH_OPS=1 CFLAGS="${CFLAGS:-} -g0" CXXFLAGS="${CXXFLAGS:-} -g0" \
         "${pip[@]}" -v --no-build-isolation "$MMCV_SPEC"
-    step "installing mmengine, mmdet, mmsegmentation and the tests' tools" "$net" \
-        "${pip[@]}" -r "$LOCK"
+    step "installing the rest of $STACK and the tests' tools" "$net" \
+        "${pip[@]}" -r "${LOCKS[0]}" -r "${LOCKS[1]}"
     step "installing bcn_mm" "Report this with the log" \
         "${pip[@]}" --no-deps --no-build-isolation -e "$ROOT"
-    complete "$VENV/bin/python" ||
+    complete "$VENV/bin/python" "$STACK" ||
         die "$VENV is still incomplete" "Remove it and run this again"
 }
 
@@ -111,16 +127,14 @@ make_venv() {
 ensure_env() {
     local active
     active=$(command -v python || command -v python3 || true)
-    if [ -n "$active" ] && complete "$active"; then
+    if [ -n "$active" ] && complete "$active" "$MM_STACK"; then
         PY=$active
         say "using the active environment: $PY"
     else
-        if complete "$VENV/bin/python" &&
-            cmp -s "$VENV/bcn_mm.lock" <(cat "$LOCK"; echo "$TORCH_SPEC $MMCV_SPEC"); then
-            :
-        else
+        if ! complete "$VENV/bin/python" "$STACK" ||
+            ! cmp -s "$VENV/bcn_mm.lock" <(wanted); then
             make_venv
-            { cat "$LOCK"; echo "$TORCH_SPEC $MMCV_SPEC"; } >"$VENV/bcn_mm.lock"
+            wanted >"$VENV/bcn_mm.lock"
         fi
         PY=$VENV/bin/python
         say "using $PY"
