@@ -9,14 +9,24 @@ import tempfile
 import warnings
 from collections import defaultdict
 from contextlib import contextmanager
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
+from typing import (
+    Any,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .layers import BCN
+from .layers import BCN, is_replaceable
 
 # What takes the place of a convolution with --ws; others have no standardized
 # counterpart and are left alone.
@@ -29,6 +39,7 @@ _STANDARDIZED = {
     'Conv3d': 'WSConv3d',
 }
 _HOOK = 'SyncEstimatesHook'
+_WRAPPER = 'WithBCN'
 
 
 class Change(NamedTuple):
@@ -45,15 +56,6 @@ class Change(NamedTuple):
     before: Any
     after: Any
     note: str = ''
-
-
-def is_replaceable(kind: type) -> bool:
-    """Whether a layer class is a BatchNorm, SyncBN or GroupNorm."""
-    return (
-        inspect.isclass(kind)
-        and issubclass(kind, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm))
-        and not issubclass(kind, BCN)
-    )
 
 
 def _is_norm(kind: type) -> bool:
@@ -123,10 +125,14 @@ class _Converter:
         if before != value:
             node[key] = value
             where = f'{path}.{key}' if path else key
-            self.changes.append(Change(where, before, value, note))
+            self.changes.append(
+                Change(where, before, copy.deepcopy(value), note)
+            )
 
     def class_of(self, node) -> Optional[type]:
         kind = node.get('type')
+        if kind == _WRAPPER:
+            kind = node.get('component')
         if not isinstance(kind, str):
             return kind if inspect.isclass(kind) else None
         try:
@@ -185,7 +191,7 @@ class _Converter:
             else:
                 note = "the constructor's default" if key in implicit else ''
                 node[key] = copy.deepcopy(self.norm_cfg)
-                self.changes.append(Change(where, value, node[key], note))
+                self.changes.append(Change(where, value, self.norm_cfg, note))
                 norms.append((key, norm))
         if norms and here:
             self.norms[path] = [node[key] for key, _ in norms]
@@ -204,9 +210,10 @@ class _Converter:
         if node.get('norm_eval', arguments.get('norm_eval')) is True:
             self.set(node, 'norm_eval', False, path)
         given = self.pretrained and part_of(path) == 'backbone'
-        frozen = node.get('frozen_stages', arguments.get('frozen_stages'))
-        if isinstance(frozen, int) and frozen >= 0 and not given:
-            self.set(node, 'frozen_stages', -1, path,
+        # what stands for none differs: -1 in most, 0 in EfficientNet
+        none = arguments.get('frozen_stages', -1)
+        if node.get('frozen_stages', none) != none and not given:
+            self.set(node, 'frozen_stages', none, path,
                      'no BCN weights to freeze')  # fmt: skip
         if not given:
             for key in ('init_cfg', 'pretrained'):
@@ -288,19 +295,21 @@ def to_bcn(
 
     Every BatchNorm, SyncBN and GroupNorm that the model's config names, or
     that a component takes by its constructor's default, becomes BCN. Norms of
-    other kinds stay, and so does what a component builds without asking its
-    config. Further:
+    other kinds stay. Further:
 
+    - a component that builds norms without asking its config is built
+      through :func:`bcn_mm.WithBCN`;
     - a head that pyramid levels share gets an estimate for each of them
-      (``num_levels``); this is found out by building the model, from random
-      weights, and passing one picture through it;
+      (``num_levels``);
     - ``norm_eval`` is turned off, and ``frozen_stages`` unless ``pretrained``
       names weights that were trained with BCN;
     - checkpoints in ``init_cfg``, ``pretrained`` and ``load_from`` go where
       they no longer fit: those of GroupNorm models, and with ``ws`` all;
     - bcn_mm is imported and :class:`~bcn_mm.SyncEstimatesHook` added.
 
-    Converting a converted config changes nothing.
+    The last two of the first three are found out by building the model,
+    without weights, and passing a picture through it. Converting a converted
+    config changes nothing.
 
     Args:
         cfg (Config): Left as it is.
@@ -349,11 +358,9 @@ def to_bcn(
             _start_from(node, path, pretrained, walk)
         else:
             walk.initialize(node, 'pretrained', path, walk.kinds['backbone'])
-        walk.initialize(
-            cfg, 'load_from', '', set().union(*walk.kinds.values())
-        )
-        if any(part_of(p) == 'heads' for p in walk.norms):
-            _separate_levels(node, path, walk)
+        kinds = set().union(*walk.kinds.values())
+        walk.initialize(cfg, 'load_from', '', kinds)
+        _see_the_model(node, path, walk)
         if walk.norms:
             _register(cfg, walk)
     if batch_size is not None:
@@ -365,6 +372,8 @@ def to_bcn(
 
 def _start_from(node, path, pretrained, walk) -> None:
     """Initialize the backbone from a checkpoint that fits."""
+    if 'backbone' not in node:
+        raise ValueError('pretrained: the model has no backbone')
     init_cfg = ConfigDict(type='Pretrained', checkpoint=pretrained)
     if osp.isfile(pretrained):
         state = torch.load(pretrained, map_location='cpu', weights_only=True)
@@ -438,20 +447,82 @@ def _scale_batch(cfg, batch_size, walk) -> None:
                  'auto_scale_lr', note)  # fmt: skip
 
 
+def _see_the_model(node, path, walk) -> None:
+    """Settle what only the built model shows."""
+    try:
+        try:
+            model = build_model(node, walk.registry)
+        except Exception:
+            model = build_model(node, walk.registry, 'cpu')
+    except Exception as e:
+        walk.leave(path, None, 'could not be built, to look for norms that '
+                   f'the config does not mention: {describe(e)}')  # fmt: skip
+        return
+    _wrap(node, path, model, walk)
+    if any(part_of(p) == 'heads' for p in walk.norms):
+        _separate_levels(node, path, walk)
+
+
+def _components(node, path='') -> Iterator[Tuple[str, dict]]:
+    """Every dict with a type in a config, and where its module is found."""
+    if isinstance(node, dict):
+        if 'type' in node:
+            yield path, node
+        children = node.items()
+    elif isinstance(node, (list, tuple)):
+        children = enumerate(node)
+    else:
+        return
+    for key, child in children:
+        yield from _components(child, f'{path}.{key}' if path else str(key))
+
+
+def _innermost(name: str, paths: Iterable[str]) -> Optional[str]:
+    """Which of these config paths a layer of this name belongs to."""
+    inside = [p for p in paths if p and f'{name}.'.startswith(f'{p}.')]
+    return max(inside, key=len, default=None)
+
+
+def _wrap(node, path, model, walk) -> None:
+    """Reach the norms that components build without asking the config."""
+    components = dict(_components(node))
+    found = defaultdict(list)
+    for kind, names in leftovers(model).items():
+        for name in names:
+            found[_innermost(name, components), kind].append(name)
+    for (owner, kind), names in found.items():
+        where = f'{path}.{owner}' if owner else path
+        what = f'{len(names)} x {kind}'
+        if not walk.wanted(where):
+            walk.leave(where, what, 'not in --only')
+            continue
+        if owner is None:
+            walk.leave(where, what, 'belongs to no component of the config')
+            continue
+        component = components[owner]
+        if component.type != _WRAPPER:
+            before = component.type
+            component.component = component.type
+            component.type = _WRAPPER
+            component.bcn_cfg = copy.deepcopy(walk.norm_cfg)
+            walk.changes.append(
+                Change(f'{where}.type', before, _WRAPPER, f'{what} that it '
+                       'builds without asking its config')
+            )  # fmt: skip
+            walk.norms.setdefault(where, []).append(component.bcn_cfg)
+
+
 def _separate_levels(node, path, walk) -> None:
     """Give ``num_levels`` to the heads that pyramid levels share."""
     try:
         sizes = _sizes_seen(node, walk.registry)
     except Exception as e:
-        walk.leave(path, None, 'could not be built, to look for heads that '
-                   f'levels share: {describe(e)}')  # fmt: skip
+        walk.leave(path, None, 'no picture passes through it, to look for '
+                   f'heads that levels share: {describe(e)}')  # fmt: skip
         return
     seen = defaultdict(list)
     for name, sizes_of_layer in sizes.items():
-        inside = (
-            p for p in walk.norms if f'{path}.{name}.'.startswith(f'{p}.')
-        )
-        owner = max(inside, key=len, default=None)
+        owner = _innermost(f'{path}.{name}', walk.norms)
         if owner is not None and part_of(owner) == 'heads':
             seen[owner].append(sizes_of_layer)
     for owner, layers in seen.items():

@@ -7,6 +7,7 @@ from .bcn import (
     convert_sync_bcn,
     revert_sync_bcn,
 )
+from .convert import WithBCN, is_replaceable, replace_norms
 from .ws_conv import WSConv1d, WSConv2d, WSConv3d
 
 __all__ = [
@@ -15,7 +16,10 @@ __all__ = [
     'WSConv1d',
     'WSConv2d',
     'WSConv3d',
+    'WithBCN',
     'average_estimates',
     'convert_sync_bcn',
+    'is_replaceable',
+    'replace_norms',
     'revert_sync_bcn',
 ]
