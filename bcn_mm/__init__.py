@@ -8,11 +8,13 @@ from .hooks import SyncEstimatesHook
 from .layers import (
     BCN,
     SyncBCN,
+    WithBCN,
     WSConv1d,
     WSConv2d,
     WSConv3d,
     average_estimates,
     convert_sync_bcn,
+    replace_norms,
     revert_sync_bcn,
 )
 from .runtime import allow_mmengine_checkpoints, offer_configs
@@ -25,9 +27,11 @@ __all__ = [
     'WSConv1d',
     'WSConv2d',
     'WSConv3d',
+    'WithBCN',
     '__version__',
     'average_estimates',
     'convert_sync_bcn',
+    'replace_norms',
     'revert_sync_bcn',
 ]
 

@@ -190,8 +190,10 @@ class _Converter:
                 self.leave(where, value, 'not in --only')
             else:
                 note = "the constructor's default" if key in implicit else ''
-                node[key] = copy.deepcopy(self.norm_cfg)
-                self.changes.append(Change(where, value, self.norm_cfg, note))
+                node[key] = self.bcn_for(value)
+                self.changes.append(
+                    Change(where, value, copy.deepcopy(node[key]), note)
+                )
                 norms.append((key, norm))
         if norms and here:
             self.norms[path] = [node[key] for key, _ in norms]
@@ -201,6 +203,13 @@ class _Converter:
                 self.standardize(node, path, arguments)
             if stock:
                 self.unfreeze(node, path, arguments, stock)
+
+    def bcn_for(self, norm) -> ConfigDict:
+        """What replaces a norm; groups chosen by the config are kept."""
+        cfg = copy.deepcopy(self.norm_cfg)
+        if norm.get('num_groups', 32) != 32:
+            cfg.setdefault('num_groups', norm.num_groups)
+        return cfg
 
     def leave(self, path, value, note) -> None:
         self.changes.append(Change(path, value, value, note))

@@ -26,7 +26,8 @@ def replace_norms(
     """Replace every BatchNorm, SyncBN and GroupNorm in a module by BCN.
 
     The affine parameters and running statistics of a BatchNorm go into the
-    batch stage, as when its checkpoint is loaded.
+    batch stage, as when its checkpoint is loaded; the channel stage takes
+    over the groups of a GroupNorm.
 
     Args:
         module (nn.Module): Changed in place.
@@ -56,7 +57,10 @@ def replace_norms(
 def _replacement(norm: nn.Module, norm_cfg: dict) -> nn.Module:
     per_group = isinstance(norm, nn.GroupNorm)
     channels = norm.num_channels if per_group else norm.num_features
-    layer = MODELS.build(dict(norm_cfg, num_features=channels))
+    cfg = dict(norm_cfg, num_features=channels)
+    if per_group and norm.num_groups < channels:
+        cfg.setdefault('num_groups', norm.num_groups)
+    layer = MODELS.build(cfg)
     tensors = [*norm.parameters(), *norm.buffers()]
     if tensors:
         layer.to(tensors[0].device)
