@@ -1,50 +1,453 @@
-"""The shipped configs build, and train on real pictures at full scale."""
+"""The shipped configs say what their names say, and train on real pictures.
 
+Each of them at a reduced scale; at full scale, one of each task.
+"""
+
+import contextlib
+import enum
+import importlib
 import json
 import os
+import re
+import sys
+import types
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import ROOT
 from dump_state import check_dump, dumping
+from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.config import Config
+from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from torch import nn
 
 from bcn_mm import BCN, WSConv2d
+from bcn_mm.runtime import build_runner
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
+RECIPES = [p for p in CONFIGS if p.parent.name != 'quickstart']
 FULL = {
     'coco': 'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
     'cityscapes': 'configs/deeplabv3/'
     'deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-512x1024.py',
 }
-FOREIGN = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm)
+# Their training is among the quick tests, one of each family.
+QUICK = {
+    'mask-rcnn_r50_fpn_bcn-ws-all_2x_coco',
+    'faster-rcnn_x50-32x4d_fpn_bcn-all_1x_coco',
+    'cascade-mask-rcnn_r50_fpn_bcn-ws-all_1x_coco',
+    'retinanet_r50_fpn_bcn-ws-all_1x_coco',
+    'fcos_r50_fpn_bcn-ws-all_1x_coco',
+    'mask-rcnn_r50_fpn_bcn-ws-all_1x_cityscapes',
+    'deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-512x1024',
+    'deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513',
+    'deeplabv3plus_r50-d8_bcn-ws_8xb1-80k_cityscapes-769x769',
+    'pspnet_r50-d8_bcn-ws_8xb1-80k_cityscapes-512x1024',
+    'resnet50-bcn-ws_8xb1_in1k',
+}
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+# what a name says -> its norm, and the convolution before it
+NORMS = {
+    'bcn-ws': (BCN, WSConv2d),
+    'bcn': (BCN, nn.Conv2d),
+    'bn-frozen': (nn.BatchNorm2d, nn.Conv2d),
+    'bn': (nn.BatchNorm2d, nn.Conv2d),
+    'syncbn': (nn.SyncBatchNorm, nn.Conv2d),
+    'gn-ws': (nn.GroupNorm, ConvWS2d),
+    'gn': (nn.GroupNorm, nn.Conv2d),
+}
+
+
+def norm_of(path):
+    names = '|'.join(sorted(NORMS, key=len, reverse=True))
+    return re.search(f'[-_]({names})(-all)?_', path.stem).group(1)
+
+
+@contextlib.contextmanager
+def torchvision_or_stand_in():
+    """mmpretrain imports torchvision for transforms that no recipe uses; with
+    a CPU build of torch there may be none that loads."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import torchvision.ops  # noqa: F401
+        except (ImportError, RuntimeError):
+            fake = types.ModuleType('torchvision')
+            fake.__version__ = '0'
+            fake.RandomResizedCrop = object
+            fake.InterpolationMode = enum.Enum(
+                'InterpolationMode',
+                'NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS',
+            )
+            fake.transforms = fake.functional = fake.ops = fake.boxes = fake
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in (
+                'torchvision',
+                'torchvision.transforms',
+                'torchvision.transforms.functional',
+                'torchvision.transforms.transforms',
+                'torchvision.ops',
+                'torchvision.ops.boxes',
+            ):
+                patch.setitem(sys.modules, name, fake)
+        yield
+
+
+def load(path):
+    """The config; skips where the package that it is for is not installed."""
+    if path.parent.name == 'resnet':
+        pytest.importorskip(
+            'mmpretrain',
+            reason='the ImageNet recipes need mmpretrain: '
+            'pip install -r requirements/imagenet.txt',
+        )
+        with torchvision_or_stand_in():
+            for part in ('models', 'datasets', 'evaluation', 'visualization'):
+                importlib.import_module(f'mmpretrain.{part}')
+    return Config.fromfile(path)
 
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_builds_as_it_says(path):
-    cfg = Config.fromfile(path)
-    scope = cfg.default_scope
-    init_default_scope(scope)
-    module = __import__(f'{scope}.registry', fromlist=['MODELS'])
-    model = module.MODELS.build(cfg.model)
-    if 'bcn' in path.stem:
-        layers = list(model.modules())
-        assert sum(isinstance(m, BCN) for m in layers) > 20
-        for m in layers:
-            assert isinstance(m, BCN) or not isinstance(m, FOREIGN), m
-        # every convolution that a norm follows is standardized
-        plain = {
-            n
-            for n, m in model.named_modules()
-            if type(m) is nn.Conv2d and m.bias is None
-        }
-        assert not plain
-        assert any(isinstance(m, WSConv2d) for m in layers)
-    assert not cfg.model.backbone.get('norm_eval', False)
-    assert cfg.train_dataloader.batch_size == 1
+    cfg = load(path)
+    init_default_scope(cfg.default_scope)
+    module = importlib.import_module(f'{cfg.default_scope}.registry')
+    # mmpretrain's backbones read values while they are built
+    with torch.device('cpu' if path.parent.name == 'resnet' else 'meta'):
+        model = module.MODELS.build(cfg.model)
+    said = norm_of(path)
+    norm, conv = NORMS[said]
+    if path.parent.name == 'quickstart':
+        batch = 1
+    else:
+        batch = int(re.search(r'8xb(\d+)', path.stem + '8xb1').group(1))
+        assert cfg.auto_scale_lr.base_batch_size == 8 * batch
+    assert cfg.train_dataloader.batch_size == batch
+
+    norms = dict(norms_of(model))
+    heads = [n for n, m in norms.items() if not n.startswith('backbone.')]
+    if said == 'bn-frozen':  # heads have none or GroupNorm
+        assert all(type(norms.pop(n)) is nn.GroupNorm for n in heads)
+    elif said == 'bn' and path.parent.name == 'quickstart':
+        norms = {n: m for n, m in norms.items() if n not in heads}
+    assert len(norms) >= 20
+    for name, m in norms.items():
+        assert isinstance(m, norm), name
+        assert isinstance(m, BCN) == (norm is BCN), name
+        assert m.affine, name
+    if '-all_' in path.stem:
+        parts = {n.rsplit('.', 1)[0] for n in norms}
+        for part in ('backbone', 'neck', 'roi_head.bbox_head',
+                     'roi_head.mask_head', 'bbox_head'):  # fmt: skip
+            try:
+                model.get_submodule(part)
+            except AttributeError:
+                continue
+            assert any(p.startswith(f'{part}.') for p in parts), part
+
+    # no other kind of convolution, except where mmseg has no say in it
+    for name, m in model.named_modules():
+        if isinstance(m, nn.Conv2d) and m.bias is None:
+            separable = 'depthwise_conv' in name or 'pointwise_conv' in name
+            assert type(m) is (nn.Conv2d if separable else conv), name
+
+    if any(isinstance(m, BATCH_NORMS) for m in norms.values()):
+        norm_eval = cfg.model.backbone.get('norm_eval', False)
+        assert norm_eval == (said == 'bn-frozen')
+    if path.parent.name in ('retinanet', 'fcos') and norm is BCN:
+        levels = {m.num_levels for n, m in norms.items() if 'bbox_head' in n}
+        assert levels == {5}
+    check_name(path, cfg)
+
+
+def check_name(path, cfg):
+    """The backbone, schedule and size that a recipe's name says."""
+    backbone, name = cfg.model.backbone, path.stem
+    depth = re.search(r'(?:[-_][rx]|resnet)(\d+)', name).group(1)
+    assert backbone.depth == int(depth)
+    assert (backbone.type == 'ResNeXt') == ('_x50' in name)
+    if '_coco' in name:
+        epochs = {'1x': 12, '2x': 24}[name.split('_')[-2]]
+        assert cfg.train_cfg.max_epochs == epochs
+        assert cfg.param_scheduler[-1].end == epochs
+        assert cfg.param_scheduler[-1].milestones[-1] < epochs
+    size = re.search(r'(\d+)x(\d+)$', name)
+    if size:
+        size = tuple(map(int, size.groups()))
+        assert tuple(cfg.model.data_preprocessor.size) == size
+        crops = [d.crop_size for d in dicts(cfg.train_dataloader)
+                 if d.get('type') == 'RandomCrop']  # fmt: skip
+        assert crops and all(tuple(crop) == size for crop in crops)
+
+
+def dicts(node):
+    """All dicts in a config, outer ones first."""
+    if isinstance(node, dict):
+        yield node
+        node = list(node.values())
+    if isinstance(node, (list, tuple)):
+        yield from chain.from_iterable(map(dicts, node))
+
+
+def norms_of(model):
+    for name, m in model.named_modules():
+        if isinstance(m, (BATCH_NORMS, nn.GroupNorm)):
+            yield name, m
+
+
+@pytest.fixture(scope='session')
+def roots(real_data, tmp_path_factory):
+    """Real pictures where each recipe's data root is looked for; the layouts
+    that the folder does not have are made of links to its pictures."""
+    made = tmp_path_factory.mktemp('roots')
+
+    def link(target, path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.symlink_to(target.resolve())
+
+    coco, streets = real_data / 'coco', real_data / 'cityscapes'
+    for split in ('train', 'val'):
+        # COCO's instances as Cityscapes', where only riders have no namesake
+        root = made / 'instances'
+        link(coco / f'{split}2017', root / 'leftImg8bit' / split)
+        source = coco / 'annotations' / f'instances_{split}2017.json'
+        renamed = source.read_text().replace('"chair"', '"rider"')
+        file = root / f'annotations/instancesonly_filtered_gtFine_{split}.json'
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(renamed)
+        # a street's classes as VOC's
+        pictures = sorted((streets / 'leftImg8bit' / split).glob('*/*.png'))
+        voc, names = made / 'voc', [f'{split}_{p.stem}' for p in pictures]
+        for name, picture in zip(names, pictures):
+            labels = str(picture).replace(
+                '_leftImg8bit', '_gtFine_labelTrainIds'
+            )
+            labels = Path(labels.replace('leftImg8bit', 'gtFine'))
+            link(picture, voc / f'JPEGImages/{name}.jpg')
+            for folder in ('SegmentationClass', 'SegmentationClassAug'):
+                link(labels, voc / folder / f'{name}.png')
+        lists = voc / 'ImageSets/Segmentation'
+        lists.mkdir(parents=True, exist_ok=True)
+        for part in ('train', 'aug') if split == 'train' else ('val',):
+            (lists / f'{part}.txt').write_text('\n'.join(names))
+        # one picture of COCO's for each of ImageNet's first classes
+        link(coco / f'{split}2017', made / 'imagenet' / split)
+        pictures = sorted((coco / f'{split}2017').glob('*.jpg'))
+        file = made / f'imagenet/meta/{split}.txt'
+        file.parent.mkdir(exist_ok=True)
+        lines = [f'{p.name} {n}' for n, p in enumerate(pictures)]
+        file.write_text('\n'.join(lines))
+    return dict(
+        coco=coco,
+        cityscapes=streets,
+        instances=made / 'instances',
+        voc=made / 'voc',
+        imagenet=made / 'imagenet',
+    )
+
+
+STEPS = 3
+SIZES = {(512, 1024): (32, 64), (769, 769): (49, 49), (513, 513): (49, 49)}
+
+
+def reduced(path, roots, work_dir):
+    """The recipe with small pictures and few proposals, from scratch."""
+    cfg = load(path)
+    # a single value per channel is too little for batch statistics
+    alone = '-d8_syncbn' in path.stem
+    size = (160, 96) if cfg.default_scope == 'mmdet' else (96, 64)
+    batch = 2 if alone else min(4, cfg.train_dataloader.batch_size)
+    cfg.train_dataloader.batch_size = batch
+
+    root = {
+        'data/coco/': 'coco',
+        'data/cityscapes/': 'instances'
+        if path.parent.name == 'cityscapes'
+        else 'cityscapes',
+        'data/VOCdevkit/VOC2012': 'voc',
+        'data/imagenet': 'imagenet',
+    }
+    if path.parent.name == 'cityscapes':
+        cfg.val_evaluator = cfg.val_evaluator[0]  # Cityscapes' own needs more
+        cfg.train_dataloader.dataset.times = 1
+    for d in dicts(cfg._cfg_dict):
+        kind = d.get('type')
+        for key, value in d.items():
+            for old, new in root.items():
+                if isinstance(value, str) and value.startswith(old):
+                    d[key] = value.replace(old, f'{roots[new]}/', 1)
+        if kind in ('Resize', 'RandomResize') and 'scale' in d:
+            d.scale = [size] * 2 if isinstance(d.scale, list) else size
+        small = dict(RandomResizedCrop=64, ResizeEdge=72).get(kind)
+        if small:
+            d.scale = small
+        if kind == 'CenterCrop':
+            d.crop_size = 64
+        if kind == 'RandomSampler':
+            d.num = 16
+        if 'num_workers' in d:
+            d.num_workers = 0
+            d.persistent_workers = False
+        for key, value in dict(nms_pre=50, max_per_img=8, score_thr=0).items():
+            if key in d:
+                d[key] = value
+        for key in ('crop_size', 'size'):
+            if d.get(key) in SIZES:
+                d[key] = SIZES[d[key]]
+        if d.get('mode') == 'slide':
+            d.stride = (33, 33)
+        if (d.get('init_cfg') or {}).get('type') == 'Pretrained':
+            d.init_cfg = None
+        if d.get('pretrained'):
+            d.pretrained = None
+    cfg.load_from = None
+
+    if cfg.train_cfg.get('type') == 'IterBasedTrainLoop':
+        cfg.train_cfg.update(max_iters=STEPS, val_interval=STEPS)
+    else:
+        cfg.train_cfg.update(max_epochs=1, val_interval=1)
+        dataset = cfg.train_dataloader.dataset
+        dataset.get('dataset', dataset).indices = STEPS * batch
+    cfg.val_dataloader.dataset.indices = 2
+    cfg.default_hooks.checkpoint = None
+    cfg.work_dir = str(work_dir)
+    cfg.experiment_name = work_dir.name
+    cfg.launcher = 'none'
+    return cfg
+
+
+class Record(Hook):
+    def __init__(self):
+        self.losses, self.metrics = [], {}
+
+    def after_train_iter(self, runner, batch_idx, data_batch, outputs):
+        self.losses.append(float(outputs['loss']))
+
+    def after_val_epoch(self, runner, metrics):
+        self.metrics = metrics
+
+
+def train(cfg):
+    with pytest.MonkeyPatch.context() as patch:
+        # for the log and for memory only, and half of the time
+        patch.setattr(Config, 'pretty_text', '')
+        patch.setattr('mmengine.runner.runner.collect_env', dict)
+        patch.setattr('gc.collect', lambda *_: 0)
+        runner, record = build_runner(cfg), Record()
+        runner.register_hook(record)
+        runner.train()
+    return runner.model, record
+
+
+@pytest.mark.real_data
+@pytest.mark.parametrize(
+    'path',
+    [
+        pytest.param(
+            p, id=p.stem, marks=[] if p.stem in QUICK else pytest.mark.slow
+        )
+        for p in RECIPES
+    ],
+)
+def test_trains(path, roots, tmp_path):
+    model, record = train(reduced(path, roots, tmp_path))
+    assert len(record.losses) == STEPS
+    assert all(0 < loss < 1e4 for loss in record.losses), record.losses
+    keys = {
+        'coco': ['coco/bbox_mAP'],
+        'cityscapes': ['mIoU'],
+        'voc12aug': ['mIoU'],
+        'in1k': ['accuracy/top1'],
+    }[path.stem.split('_')[-1].split('-')[0]]
+    if path.parent.name == 'cityscapes':
+        keys = ['coco/bbox_mAP']
+    if 'mask' in path.stem:
+        keys.append('coco/segm_mAP')
+    for key in keys:
+        assert 0 <= record.metrics[key] <= 100, record.metrics
+
+    said, estimates = norm_of(path), 0
+    for name, buffer in model.named_buffers():
+        if re.search(r'running_(mean|var)$', name):
+            estimates += 1
+            start = 0 if name.endswith('mean') else 1
+            moved = buffer.reshape(-1, buffer.shape[-1]) != start
+            assert torch.isfinite(buffer).all(), name
+            assert moved.any(1).all() == (said != 'bn-frozen'), name
+    assert (estimates > 0) == (not said.startswith('gn'))
+
+
+@pytest.mark.real_data
+def test_backbone_from_imagenet(roots, tmp_path):
+    """A checkpoint of the ImageNet recipe is a detector's backbone."""
+    path = ROOT / 'configs/resnet/resnet50-bcn-ws_8xb1_in1k.py'
+    cfg = reduced(path, roots, tmp_path)
+    cfg.default_hooks.checkpoint = dict(type='CheckpointHook')
+    train(cfg)
+    (checkpoint,) = tmp_path.glob('*.pth')
+    want = torch.load(checkpoint)['state_dict']
+
+    cfg = Config.fromfile(ROOT / FULL['coco'])
+    cfg.model.backbone.init_cfg = dict(
+        type='Pretrained', checkpoint=str(checkpoint), prefix='backbone.'
+    )
+    init_default_scope('mmdet')
+    backbone = importlib.import_module('mmdet.registry').MODELS.build(
+        cfg.model.backbone
+    )
+    backbone.init_weights()
+    got = backbone.state_dict()
+    assert {f'backbone.{k}' for k in got} == {
+        k for k in want if k.startswith('backbone.')
+    }
+    for name, value in got.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(value, want[f'backbone.{name}']), name
+        else:  # what kind of standardization the weights are for
+            assert value == want[f'backbone.{name}'], name
+
+
+def test_model_index():
+    """mim finds every recipe, once."""
+    listed, names = [], set()
+    for metafile in yaml.safe_load((ROOT / 'model-index.yml').open())[
+        'Import'
+    ]:
+        content = yaml.safe_load((ROOT / metafile).open())
+        collections = {c['Name'] for c in content['Collections']}
+        for c in content['Collections']:
+            assert (ROOT / c['README']).is_file()
+            assert c['Paper']['URL'] and c['Paper']['Title'] and c['Code']
+        for m in content['Models']:
+            assert m['In Collection'] in collections
+            assert m['Name'] == Path(m['Config']).stem
+            assert Path(m['Config']).parent == Path(metafile).parent
+            assert m['Name'] not in names
+            names.add(m['Name'])
+            listed.append(ROOT / m['Config'])
+    assert sorted(listed) == RECIPES
+    assert names >= QUICK
+
+
+def test_model_index_as_mim_reads_it():
+    modelindex = pytest.importorskip('modelindex.load_model_index')
+    index = modelindex.load(str(ROOT / 'model-index.yml'))
+    index.build_models_with_collections()
+    assert len(index.models) == len(RECIPES)
+
+
+@pytest.mark.parametrize(
+    'folder', sorted({p.parent for p in RECIPES}), ids=lambda f: f.name
+)
+def test_readme_links_every_recipe(folder):
+    text = (folder / 'README.md').read_text()
+    links = re.findall(r'\]\(([^)#:]+\.(?:py|md))\)', text)
+    assert all((folder / link).is_file() for link in links)
+    recipes = {p.name for p in folder.glob('*.py')}
+    assert recipes == {link for link in links if link.endswith('.py')}
 
 
 @pytest.mark.slow
