@@ -8,6 +8,7 @@ and :func:`offer_configs`.
 import argparse
 import atexit
 import glob
+import importlib.util
 import os
 import pickle
 import re
@@ -62,13 +63,17 @@ def offer_configs() -> None:
     """Let ``bcn_mm::FOLDER/NAME.py`` name the configs that come with bcn_mm.
 
     As ``mmdet::FOLDER/NAME.py`` does for mmdet's, in ``_base_`` and in
-    ``mmengine.hub.get_config``, however bcn_mm was installed.
+    ``mmengine.hub.get_config``, however bcn_mm was installed. In the fork of
+    the stack, this makes mmengine find ``mmseg::`` too.
     """
     if 'bcn_mm' in MODULE2PACKAGE:
         return
     # a module's name: mmengine finds its folder, but not that of a
     # distribution which is installed as editable
     MODULE2PACKAGE['bcn_mm'] = 'bcn_mm.version'
+    # not the distribution mmsegmentation, which is onedl-mmsegmentation there
+    if importlib.util.find_spec('mmseg'):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
     find = Config._get_cfg_path
 
     def find_config(path: str, filename: str):
