@@ -1,8 +1,8 @@
 """Time training steps of a model with its norms and convolutions swapped.
 
 Builds a detector or a segmenter once for each pair of norm and convolution
-and lets them train in turn on the same random pictures: wherever the config's
-model names a norm, that norm is replaced and the convolution put beside it.
+and lets them train in turn on the same random pictures: every norm
+that bcn_mm.config.to_bcn replaces is swapped, and the convolution beside it.
 Nothing is read but the config. The learning rate is 0 and the pictures are
 full of objects, so that every step and every model samples the same number of
 regions and the work stays the same from step to step.
@@ -11,7 +11,6 @@ regions and the work stays the same from step to step.
 import argparse
 import copy
 import gc
-from typing import Iterator
 
 import numpy as np
 import torch
@@ -30,12 +29,12 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.structures import PixelData
+from pictures import SCOPES, dicts, draw
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-import bcn_mm  # noqa: F401  registers BCN and WSConv2d
+from bcn_mm.config import to_bcn
 from bcn_mm.runtime import InputError, load_config, one_line_errors
 
 # the first is what the others are compared with
@@ -45,95 +44,33 @@ VARIANTS = {
     'BCN + WSConv2d': (dict(type='BCN'), dict(type='WSConv2d')),
 }
 BASE = 'GN + ConvWS'
-SWAPPED = {'BN', 'BN2d', 'SyncBN', 'MMSyncBN', 'GN', 'BCN'}
 # More than a two-stage detector's sampler takes, so that it is always full.
 OBJECTS = 256
 
 
-def dicts(node) -> Iterator[ConfigDict]:
-    """Every dict in a config, outermost first."""
-    if isinstance(node, dict):
-        yield node
-        node = node.values()
-    if not isinstance(node, (str, bytes)) and hasattr(node, '__iter__'):
-        for child in node:
-            yield from dicts(child)
-
-
 def swap(cfg: Config, norm_cfg: dict, conv_cfg: dict) -> ConfigDict:
     """The model of a config with other norms, from random weights."""
-    model = copy.deepcopy(cfg.model)
-    found = 0
+    model = to_bcn(cfg, ws=True).model
+    norms = [d for d in dicts(model) if d.get('type') in ('BCN', 'SyncBCN')]
+    if not norms:
+        raise InputError(
+            f'the model of {cfg.filename} has no BatchNorm, GroupNorm or BCN: '
+            f'there is nothing to swap'
+        )
     for node in list(dicts(model)):
-        if (node.get('norm_cfg') or {}).get('type') in SWAPPED:
-            node.norm_cfg = ConfigDict(norm_cfg)
+        if node.get('type') == 'WithBCN' and norm_cfg['type'] != 'BCN':
+            node.type = node.pop('component')
+            node.pop('bcn_cfg')
+        elif (node.get('conv_cfg') or {}).get('type') == 'WSConv2d':
             node.conv_cfg = conv_cfg and ConfigDict(conv_cfg)
-            found += 1
-        if 'norm_eval' in node:
-            node.norm_eval = False
+    for norm in norms:
+        norm.clear()
+        norm.update(norm_cfg)
+    for node in dicts(model):
         if 'checkpoint' in (node.get('init_cfg') or ()):
             node.init_cfg = None
     model.pop('pretrained', None)
-    if not found:
-        raise InputError(
-            f'the model of {cfg.filename} names no norm_cfg of type '
-            f'{", ".join(sorted(SWAPPED))}: there is nothing to swap'
-        )
     return model
-
-
-def num_classes(cfg: Config) -> int:
-    """Labels below this are legal in every head."""
-    return min(
-        (d['num_classes'] for d in dicts(cfg.model) if 'num_classes' in d),
-        default=2,
-    )
-
-
-def pictures_of_objects(cfg: Config, args) -> dict:
-    """A batch for a detector."""
-    from mmdet.testing import demo_mm_inputs
-
-    return demo_mm_inputs(
-        args.batch_size,
-        (3, *args.shape),
-        num_items=[OBJECTS] * args.batch_size,
-        # it draws labels from 1 on
-        num_classes=max(2, num_classes(cfg)),
-        with_mask=True,
-        use_box_type=True,
-        device=args.device,
-    )
-
-
-def labelled_pictures(cfg: Config, args) -> dict:
-    """A batch for a segmenter."""
-    from mmseg.structures import SegDataSample
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(high, channels):
-        return torch.randint(
-            high,
-            (channels, *args.shape),
-            generator=generator,
-            dtype=torch.uint8,
-        ).to(args.device)
-
-    meta = dict(img_shape=args.shape, ori_shape=args.shape)
-    return dict(
-        inputs=[draw(256, 3) for _ in range(args.batch_size)],
-        data_samples=[
-            SegDataSample(
-                metainfo=meta,
-                gt_sem_seg=PixelData(data=draw(num_classes(cfg), 1).long()),
-            )
-            for _ in range(args.batch_size)
-        ],
-    )
-
-
-BATCHES = dict(mmdet=pictures_of_objects, mmseg=labelled_pictures)
 
 
 class NormTimer:
@@ -285,10 +222,10 @@ def main() -> None:
             )
         cfg = load_config(args)
         scope = cfg.get('default_scope')
-        if scope not in BATCHES:
+        if scope not in SCOPES:
             raise InputError(
                 f'{args.config} is of scope {scope!r}; only models of '
-                f'{" and ".join(BATCHES)} can be measured'
+                f'{" and ".join(SCOPES)} can be measured'
             )
         init_default_scope(scope)
         # how each weight was initialized is not news
@@ -296,7 +233,7 @@ def main() -> None:
         preprocessor = cfg.model.get('data_preprocessor', {})
         if preprocessor.get('size'):
             preprocessor.size = args.shape
-        batch = BATCHES[scope](cfg, args)
+        batch = draw(cfg, args.batch_size, args.shape, OBJECTS, args.device)
         with progress_bar() as bar:
             steps = WARMUP + args.rounds
             task = bar.add_task(

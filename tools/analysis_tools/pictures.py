@@ -6,6 +6,8 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.structures import InstanceData, PixelData
 
+SCOPES = ('mmdet', 'mmseg')
+
 
 def dicts(node) -> Iterator[ConfigDict]:
     """Every dict in a config, outermost first."""
