@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
-from mmengine.runner import save_checkpoint
+from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import nn
 
 from bcn_mm import BCN
@@ -26,6 +26,7 @@ from bcn_mm.runtime import (
     load_config,
     one_line_errors,
     read_checkpoint,
+    refuse_code,
 )
 
 
@@ -54,6 +55,8 @@ def test_mmengine_checkpoints_load_weights_only(tmp_path):
             array=np.arange(3.0),
         ),
     )
+    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
+        pass  # the fork of mmengine does so, and none of them is left
     loaded = read_checkpoint(save(tmp_path / 'a.pth', state))
     hub = loaded['message_hub']
     assert hub['log_scalars']['loss'].mean() == 1.5
@@ -77,6 +80,15 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch, value):
     path = save('evil.pth', dict(state_dict={}, extra=value))
     with pytest.raises(InputError, match='evil.pth.*was not loaded'):
         read_checkpoint(path)
+    assert not (tmp_path / 'harmed').exists()
+
+
+def test_mmengine_refuses_code_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save('evil.pth', dict(extra=Evil(os.system, 'touch harmed')))
+    refuse_code()
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(BCN(4, 2), path)
     assert not (tmp_path / 'harmed').exists()
 
 
