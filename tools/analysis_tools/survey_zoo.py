@@ -120,7 +120,8 @@ def configs(patterns: Iterable[str]) -> List[str]:
 
 
 def folder_of(name: str) -> str:
-    return name.rsplit('/', 1)[0].split('/')[0]
+    """The method's folder, e.g. ``mmdet::fcos``."""
+    return name.split('/')[0]
 
 
 # -- in a worker process -----------------------------------------------------
@@ -182,14 +183,14 @@ def counts(model: torch.nn.Module) -> Dict[str, int]:
 
 def look_at(name: str, ws: bool, timeout: int) -> dict:
     """Build the stock and the converted model of one config."""
-    result = dict(folder=folder_of(name))
+    result = {}
     with quiet(name), limit(timeout):
         try:
             cfg = read(name)
             if 'model' not in cfg:
-                return dict(result, skipped='no model')
+                return dict(skipped='no model')
             if cfg.get('default_scope') not in PACKAGES:
-                return dict(result, skipped='of another scope')
+                return dict(skipped='of another scope')
             key = repr((cfg.default_scope, cfg.model.to_dict(), ws))
             if key not in _seen:
                 _seen.clear()  # neighbours are alike, others are not
@@ -401,7 +402,7 @@ def survey(args: argparse.Namespace) -> dict:
         folders = collections.defaultdict(list)
         for n in names:
             if results[n].get('stock'):
-                folders[f'{n.split("::")[0]}::{folder_of(n)}'].append(n)
+                folders[folder_of(n)].append(n)
         tasks = {}
         for folder, members in folders.items():
             if folder not in steps:
@@ -423,8 +424,7 @@ def summary(results: dict) -> Table:
     groups = collections.defaultdict(list)
     for name, result in results.items():
         if 'skipped' not in result:
-            package = name.split('::')[0]
-            groups[f'{package}::{result["folder"]}'].append(result)
+            groups[folder_of(name)].append(result)
     rows = [(name, *totals(group)) for name, group in sorted(groups.items())]
     for row in rows:
         table.add_row(*map(str, row))

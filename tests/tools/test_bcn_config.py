@@ -1,0 +1,172 @@
+"""The converter's command line, and the survey of the zoo."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import mmdet
+import mmseg
+import pytest
+from conftest import run
+from mmengine.config import Config
+
+from bcn_mm.config import read_config, to_bcn
+
+pytestmark = pytest.mark.slow
+TOOL = 'tools/misc/bcn_config.py'
+SURVEY = 'tools/analysis_tools/survey_zoo.py'
+RETINA = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
+FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+BISENET = (
+    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
+)
+
+
+def test_writes_what_it_shows_and_once_more_nothing(tmp_path, python):
+    out = tmp_path / 'new' / 'fcos.py'
+    options = ['--ws', '--batch-size', 1]
+    shown = python(TOOL, FCOS, '-o', out, *options, COLUMNS='160')
+    for words in (
+        r'model\.backbone\.init_cfg .*without',
+        r'model\.bbox_head\.norm_cfg .*num_groups=32.*BCN',
+        r'model\.bbox_head\.norm_cfg\.num_levels .*5',
+        r'train_dataloader\.batch_size .*2 .*1 ',
+        r'optim_wrapper\.optimizer\.lr .*times 0\.5',
+    ):
+        assert re.search(words, shown), words
+    want = to_bcn(read_config(FCOS), ws=True, batch_size=1)
+    assert Config.fromfile(out).to_dict() == want.to_dict()
+    again = tmp_path / 'new' / 'again.py'
+    shown = python(TOOL, out, '-o', again, *options)
+    assert 'Nothing to change.' in shown
+    assert Config.fromfile(again).to_dict() == want.to_dict()
+    assert again.read_text().split() == ['_base_', '=', "'fcos.py'"]
+
+
+def test_options(tmp_path, python):
+    out = tmp_path / 'c.py'
+    shown = python(TOOL, BISENET, '-o', out, '--only', 'heads,neck',
+                   '--norm-cfg', 'type=SyncBCN', 'momentum=0.05',
+                   COLUMNS='160')  # fmt: skip
+    assert re.search(r'model\.backbone .*BatchNorm2d.*not in --only', shown)
+    cfg = Config.fromfile(out)
+    assert cfg.model.decode_head.norm_cfg == dict(
+        type='SyncBCN', momentum=0.05
+    )
+    assert cfg.model.backbone.type == 'BiSeNetV1'
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['gone.py', '-o', 'x.py'], 'config gone.py does not exist'),
+        (['mmdet::fcos/gone.py', '-o', 'x.py'], 'ships no config'),
+        (['nonesuch::a/b.py', '-o', 'x.py'], 'nonesuch is not installed'),
+        ([RETINA, '-o', 'x.json'], 'must be a .py file'),
+        ([RETINA, '-o', 'x.py', '--only', 'feet'], 'unknown part feet'),
+        ([RETINA, '-o', 'x.py', '--batch-size', '0'], 'must be positive'),
+        ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'],
+         'momentun'),
+    ],
+)  # fmt: skip
+def test_bad_input(words, message, tmp_path):
+    tool = Path(TOOL).resolve()
+    done = run(sys.executable, tool, *words, cwd=tmp_path)
+    (line,) = re.findall('^error: .*$', done.stdout, re.M)
+    assert done.returncode == 1 and message in line, done.stdout
+    assert 'Traceback' not in done.stdout and not list(tmp_path.iterdir())
+
+
+def options_of(data, loaders, **more):
+    options = dict(more)
+    for loader in loaders:
+        options.update({
+            f'{loader}_dataloader.dataset.data_root': f'{data}/',
+            f'{loader}_dataloader.num_workers': 0,
+            f'{loader}_dataloader.persistent_workers': False,
+        })  # fmt: skip
+    for loader in loaders[1:]:
+        options[f'{loader}_dataloader.dataset.indices'] = 2
+    return ['--cfg-options', *(f'{k}={v}' for k, v in options.items())]
+
+
+@pytest.mark.real_data
+def test_converted_retinanet_runs_with_mmdets_tools(
+    real_data, tmp_path, python
+):
+    out = tmp_path / 'retinanet_bcn.py'
+    python(TOOL, RETINA, '-o', out, '--ws', '--batch-size', 1)
+    train = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
+    annotations = real_data / 'coco/annotations/instances_val2017.json'
+    options = {
+        'train_dataloader.dataset.indices': 3,
+        'train_dataloader.dataset.pipeline.2.scale': '(320,200)',
+        'val_dataloader.dataset.pipeline.1.scale': '(320,200)',
+        'val_evaluator.ann_file': annotations,
+        'model.test_cfg.score_thr': 0,  # an untrained model finds things
+        'train_cfg.max_epochs': 1,
+        'default_hooks.logger.interval': 1,
+    }
+    check_run(python, train, out, tmp_path, 'coco/bbox_mAP',
+              options_of(real_data / 'coco', ('train', 'val', 'test'),
+                         **options))  # fmt: skip
+
+
+@pytest.mark.real_data
+def test_converted_deeplab_runs_with_mmsegs_tools(real_data, tmp_path, python):
+    out = tmp_path / 'deeplab_bcn.py'
+    python(TOOL, DEEPLAB, '-o', out, '--batch-size', 1)
+    train = Path(mmseg.__file__).parent / '.mim' / 'tools' / 'train.py'
+    options = {
+        'model.pretrained': None,
+        'train_dataloader.dataset.pipeline.2.scale': '(512,256)',
+        'train_dataloader.dataset.pipeline.3.crop_size': '(128,256)',
+        'model.data_preprocessor.size': '(128,256)',
+        'val_dataloader.dataset.pipeline.1.scale': '(512,256)',
+        'train_cfg.max_iters': 3,
+        'train_cfg.val_interval': 3,
+        'default_hooks.logger.interval': 1,
+    }
+    check_run(python, train, out, tmp_path, 'mIoU',
+              options_of(real_data / 'cityscapes', ('train', 'val', 'test'),
+                         **options))  # fmt: skip
+
+
+def check_run(python, train, config, folder, metric, options):
+    python(train, config, '--work-dir', folder / 'work', *options,
+           cwd=folder)  # fmt: skip
+    (file,) = folder.glob('work/*/vis_data/scalars.json')
+    rows = [json.loads(line) for line in file.open()]
+    losses = [row['loss'] for row in rows if 'loss' in row]
+    assert len(losses) == 3 and all(0 < x < 1e3 for x in losses)
+    assert [row for row in rows if metric in row]
+
+
+def test_survey(tmp_path, python):
+    file = tmp_path / 'survey.json'
+    words = ['--json', file, '--only', FCOS, BISENET]
+    shown = python(SURVEY, *words, COLUMNS='160')
+    configs = json.loads(file.read_text())['configs']
+    assert set(configs) == {FCOS, BISENET}
+    for result in configs.values():
+        assert 'error' not in result and not result['left']
+        assert result['converted'] == {'BCN': sum(result['stock'].values())}
+    assert configs[FCOS]['levels'] == [5]
+    assert re.search(r'all\D+2\D+2\D+2\D+2\D', shown)
+    # what is there is taken up again, and only the rest is done
+    content = json.loads(file.read_text())
+    content['configs'][FCOS]['parameters'] = 7
+    del content['configs'][BISENET]
+    file.write_text(json.dumps(content))
+    python(SURVEY, *words, '--steps', '--timeout', 500, timeout=900)
+    content = json.loads(file.read_text())
+    assert content['configs'][FCOS]['parameters'] == 7
+    assert BISENET in content['configs']
+    for folder in ('mmdet::fcos', 'mmseg::bisenetv1'):
+        steps = content['steps'][folder]
+        assert 'error' not in steps and 'stock' in steps
+        assert steps['converted']['moved'] > 0
+    shown = python(SURVEY, *words, '--ws', code=1)
+    assert 'choose another --json, or --fresh' in shown
+    assert 'no config matches' in python(SURVEY, '--only', 'x::*', code=1)
