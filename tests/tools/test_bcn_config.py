@@ -21,6 +21,9 @@ FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 BISENET = (
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
 )
+DEEPLAB = (
+    'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py'
+)
 
 
 def test_writes_what_it_shows_and_once_more_nothing(tmp_path, python):
