@@ -256,8 +256,8 @@ SIZES = {(512, 1024): (32, 64), (769, 769): (49, 49), (513, 513): (49, 49)}
 def reduced(path, roots, work_dir):
     """The recipe with small pictures and few proposals, from scratch."""
     cfg = load(path)
-    # a single value per channel is too little for batch statistics
-    alone = '-d8_syncbn' in path.stem
+    # a single value per channel, as here, is too little for BatchNorm
+    alone = 'syncbn' in path.stem
     size = (160, 96) if cfg.default_scope == 'mmdet' else (96, 64)
     batch = 2 if alone else min(4, cfg.train_dataloader.batch_size)
     cfg.train_dataloader.batch_size = batch
@@ -324,7 +324,7 @@ class Record(Hook):
         self.losses, self.metrics = [], {}
 
     def after_train_iter(self, runner, batch_idx, data_batch, outputs):
-        self.losses.append(float(outputs['loss']))
+        self.losses.append(outputs['loss'].item())
 
     def after_val_epoch(self, runner, metrics):
         self.metrics = metrics
