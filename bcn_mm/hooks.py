@@ -1,5 +1,6 @@
 """Hooks of mmengine's runner."""
 
+import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
@@ -18,10 +19,36 @@ class SyncEstimatesHook(Hook):
     :func:`~bcn_mm.layers.average_estimates`. In a config:
     ``custom_hooks = [dict(type='SyncEstimatesHook')]``. Without effect in a
     single process, and where layers synchronise in every pass (``SyncBCN``).
+
+    Ranks wait for each other, here, in ``SyncBCN`` and in DDP itself, so they
+    need equally many batches. Where their numbers differ, training does not
+    begin.
+
+    Raises:
+        ValueError: before training, if ranks have different numbers of
+            batches.
     """
 
     # before hooks that use or save the model
     priority = 'HIGH'
+
+    def before_train(self, runner: Runner) -> None:
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        try:
+            batches = len(runner.train_dataloader)
+        except TypeError:  # an iterable data set without a length
+            return
+        counts = [None] * dist.get_world_size()
+        dist.all_gather_object(counts, batches)
+        if len(set(counts)) > 1:
+            few = counts.index(min(counts))
+            raise ValueError(
+                f'ranks have different numbers of batches ({counts}), and '
+                f'would wait for rank {few} forever when it is done; use a '
+                f"sampler that gives all ranks equally many (mmengine's "
+                f'DefaultSampler with round_up=True)'
+            )
 
     def before_val_epoch(self, runner: Runner) -> None:
         average_estimates(runner.model)

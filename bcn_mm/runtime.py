@@ -348,6 +348,8 @@ def _prepare_launch(cfg: Config) -> None:
     torch.distributed.init_process_group('gloo')
     # gloo's threads abort the interpreter if they outlive it
     atexit.register(torch.distributed.destroy_process_group)
+    if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
+        _keep_fsdp_on_cpu(cfg.strategy)
     cfg.setdefault('model_wrapper_cfg', {})
     for key, value in dict(
         type='MMDistributedDataParallel',
@@ -356,3 +358,20 @@ def _prepare_launch(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     ).items():
         cfg.model_wrapper_cfg.setdefault(key, value)
+
+
+def _keep_fsdp_on_cpu(strategy: dict) -> None:
+    """Say to torch's FSDP what it takes to stay off accelerators."""
+    strategy.setdefault('model_wrapper', {})
+    strategy.model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+    strategy.model_wrapper.setdefault('device_id', 'cpu')
+    if strategy.get('state_dict_cfg') == 'full':
+        # to offload what is on the CPU already crashes torch (2.13)
+        stay = dict(rank0_only=False, offload_to_cpu=False)
+        strategy.state_dict_cfg = dict(
+            state_dict_type='FULL_STATE_DICT',
+            state_dict_config=dict(type='FullStateDictConfig', **stay),
+            optim_state_dict_config=dict(
+                type='FullOptimStateDictConfig', **stay
+            ),
+        )

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import torch
+from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
-from mmengine.registry import HOOKS
+from mmengine.registry import DATA_SAMPLERS, HOOKS
 
 
 @HOOKS.register_module()
@@ -63,3 +64,14 @@ class DumpRanks(Hook):
             getattr(runner.model, 'module', runner.model).state_dict(),
             f'{self.folder}/rank{runner.rank}.pth',
         )
+
+
+@DATA_SAMPLERS.register_module()
+class UnevenSampler(DefaultSampler):
+    """Gives every rank one sample less than the one before."""
+
+    def __iter__(self):
+        return iter(list(super().__iter__())[: len(self)])
+
+    def __len__(self):
+        return self.num_samples - self.rank

@@ -3,6 +3,8 @@
 import argparse
 import os.path as osp
 
+from mmengine.runner import Runner
+
 from bcn_mm.runtime import (
     InputError,
     add_arguments,
@@ -88,12 +90,15 @@ def main() -> None:
             else None
         )
         runner = build_runner(cfg)
-        if checkpoint and cfg.get('resume'):
-            check_match(runner.model, checkpoint, source)
+        if isinstance(runner, Runner):  # FlexibleRunner builds all later
+            if checkpoint and cfg.get('resume'):
+                check_match(runner.model, checkpoint, source)
+            # missing annotations too, and what the optimizer refuses
+            runner.optim_wrapper = runner.build_optim_wrapper(
+                runner.optim_wrapper
+            )
+            runner.train_loop, runner.val_loop  # noqa: B018
         del checkpoint
-        # so are missing annotations, and what the optimizer refuses
-        runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        runner.train_loop, runner.val_loop  # noqa: B018
     runner.train()
 
 

@@ -19,6 +19,19 @@ from ..ops import (
 )
 
 
+class _Ranks:
+    """A process group, which copies share and pickles do without."""
+
+    def __init__(self, group: Optional['dist.ProcessGroup'] = None) -> None:
+        self.group = group
+
+    def __deepcopy__(self, memo) -> '_Ranks':
+        return self
+
+    def __reduce__(self):
+        return type(self), ()
+
+
 @MODELS.register_module()
 class BCN(nn.GroupNorm):
     r"""Batch-Channel Normalization, ``norm_cfg=dict(type='BCN')``.
@@ -142,7 +155,7 @@ class BCN(nn.GroupNorm):
         self.estimate = estimate
         self.num_levels = num_levels
         self.sync = sync
-        self.process_group = process_group
+        self._ranks = _Ranks(process_group)
         self.affine = affine
         factory = dict(device=device, dtype=dtype)
         for name, size in (
@@ -167,6 +180,15 @@ class BCN(nn.GroupNorm):
         self._recent = RecentEstimates()
         self._sizes = []  # of the inputs of the pass through the levels
         self.reset_parameters()
+
+    @property
+    def process_group(self) -> Optional['dist.ProcessGroup']:
+        """ProcessGroup, optional: The ranks of ``sync``; None for all."""
+        return self._ranks.group
+
+    @process_group.setter
+    def process_group(self, group: Optional['dist.ProcessGroup']) -> None:
+        self._ranks = _Ranks(group)
 
     @property
     def num_features(self) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 from unittest import mock
 
 import pytest
@@ -108,12 +109,16 @@ def run_overflow(rank, world, estimate):
 
 def run_average(rank, world):
     """Ranks see other data, and other numbers of batches; one layer none."""
-    net = nn.Sequential(*(BCN(4, momentum=0.3) for _ in range(3)))
+    net = nn.Sequential(
+        *(BCN(4, momentum=0.3) for _ in range(3)), BCN(4, num_levels=2)
+    )
     torch.manual_seed(rank)
     for _ in range(2 + rank):
         net[0](torch.randn(2, 4, 3, 3) + rank)
     if rank == 1:
         net[1](torch.randn(2, 4, 3, 3))
+    for size in (4, 2, 4)[: 3 - rank]:  # the first rank misses a level
+        net[3](torch.randn(2, 4, size, size) + size)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     average_estimates(net)
     return before, net.state_dict()
@@ -125,6 +130,12 @@ def run_group(rank, world):
     layer = convert_sync_bcn(BCN(4), groups[rank])
     torch.manual_seed(rank)
     x = torch.randn(2, 4, 3, 3)
+    alone = BCN(4)
+    # an average of weights copies the layer, a checkpoint of it has no group
+    twin = copy.deepcopy(layer)
+    assert twin.process_group is layer.process_group is groups[rank]
+    assert pickle.loads(pickle.dumps(layer)).process_group is None
+    assert torch.equal(twin(x), alone(x))
     alone = BCN(4)
     return bool(torch.equal(layer(x), alone(x)))
 
@@ -272,6 +283,11 @@ def test_average_estimates(ranks):
         torch.testing.assert_close(after0[f'{layer}.running_mean'], mean)
         torch.testing.assert_close(after0[f'{layer}.running_var'], var)
     assert after0['0.num_batches_tracked'] == 2  # 2.5 to even
+    # levels, each for itself: two passes and one on one rank, one and one
+    for level, weights in enumerate(((2, 1), (1, 1))):
+        means = [b['3.running_mean'][level] for b in (before0, before1)]
+        want = sum(w * m for w, m in zip(weights, means)) / sum(weights)
+        torch.testing.assert_close(after0['3.running_mean'][level], want)
 
 
 def test_process_group(ranks):

@@ -12,7 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run
-from test_train_test import CONFIGS, QUIET, SHORT, checkpoints, metrics
+from test_train_test import (
+    CONFIGS,
+    QUIET,
+    SHORT,
+    checkpoints,
+    metrics,
+    scalars,
+)
 
 from bcn_mm.runtime import read_checkpoint
 
@@ -59,12 +66,12 @@ def check_ranks_agree(folder: Path) -> None:
     assert len(moved) > 20 and all(v.abs().max() > 0 for v in moved)
 
 
-def train_pair(task, folder, shapes) -> Path:
+def train_pair(task, folder, shapes, *more) -> Path:
     """Train on two ranks of one machine."""
     done = run(
         'bash', 'tools/dist_train.sh', dumping_ranks(folder, CONFIGS[task]),
         2, '--work-dir', folder, '--cfg-options', *SHORT[task], *QUIET,
-        **environment(shapes),
+        *more, **environment(shapes),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
     return folder
@@ -92,6 +99,85 @@ def test_ranks_agree(pair):
 def test_ranks_agree_without_epochs(shapes, tmp_path):
     check_ranks_agree(train_pair('seg', tmp_path, shapes))
     check_saved(tmp_path, 24)
+
+
+def losses(folder: Path) -> list:
+    return [row['loss'] for row in scalars(folder) if 'loss' in row]
+
+
+def passes(folder: Path) -> list:
+    """How many training passes each layer counts."""
+    state = torch.load(folder / 'rank0.pth')
+    return [int(v) for k, v in state.items() if 'num_batches_tracked' in k]
+
+
+def test_growing(pair, shapes, tmp_path):
+    """Activation checkpointing, which repeats passes in the backward pass,
+    and a search for unused parameters change nothing but rounding."""
+    for name, options in dict(
+        recomputed=['model.backbone.with_cp=True'],
+        searched=['find_unused_parameters=True'],
+    ).items():
+        folder = tmp_path / name
+        folder.mkdir()
+        train_pair('det', folder, shapes, *options)
+        check_ranks_agree(folder)
+        assert losses(folder) == pytest.approx(losses(pair), rel=1e-2)
+        assert passes(folder) == passes(pair)
+
+
+def test_gradient_accumulation(shapes, tmp_path):
+    """Every pass moves the estimates, whether the optimizer steps or not."""
+    train_pair('det', tmp_path, shapes, 'optim_wrapper.accumulative_counts=3',
+               'find_unused_parameters=True')  # fmt: skip
+    check_ranks_agree(tmp_path)
+    state = torch.load(tmp_path / 'rank0.pth')
+    passes = [v for k, v in state.items() if 'num_batches_tracked' in k]
+    assert passes and all(n >= 12 for n in passes)
+
+
+def test_fsdp(pair, shapes, tmp_path, python):
+    """mmengine's FSDP trains as its DDP does, and its checkpoint is one."""
+    config = tmp_path / 'fsdp.py'
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIG}'\n"
+        "runner_type = 'FlexibleRunner'\n"
+        "strategy = dict(type='FSDPStrategy', state_dict_cfg='full',\n"
+        '    model_wrapper=dict(use_orig_params=True, '
+        'auto_wrap_policy=dict(\n'
+        "        type='torch.distributed.fsdp.wrap."
+        "size_based_auto_wrap_policy',\n"
+        '        min_num_params=50000)))\n'
+    )
+    done = run(
+        'bash', 'tools/dist_train.sh', config, 2, '--work-dir', tmp_path,
+        *OPTIONS, **environment(shapes),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert losses(tmp_path) == pytest.approx(losses(pair), rel=1e-2)
+    python('tools/test.py', CONFIG, checkpoints(tmp_path)[-1], '--work-dir',
+           tmp_path / 'test', *OPTIONS, SHAPES_ROOT=str(shapes))  # fmt: skip
+    validated = [r for r in scalars(tmp_path) if 'coco/bbox_mAP' in r][-1]
+    tested = metrics(tmp_path / 'test')
+    assert tested['coco/bbox_mAP'] == pytest.approx(
+        validated['coco/bbox_mAP'], abs=1e-3
+    )
+
+
+def test_uneven_data(shapes, tmp_path):
+    """Ranks that would wait for each other say so, and end."""
+    begun = time.time()
+    done = run(
+        'bash', 'tools/dist_train.sh', dumping_ranks(tmp_path), 2,
+        '--work-dir', tmp_path, *OPTIONS,
+        'train_dataloader.sampler.type=UnevenSampler',
+        'model.backbone.norm_cfg.type=SyncBCN', timeout=200,
+        **environment(shapes),
+    )  # fmt: skip
+    assert done.returncode != 0 and time.time() - begun < 120
+    message = r'ranks have different numbers of batches \(\[6, 5\]\)'
+    assert re.search(message, done.stdout), done.stdout[-3000:]
+    assert not checkpoints(tmp_path)
 
 
 def test_dist_test_repeats_the_single_process(pair, shapes, tmp_path, python):
