@@ -1,6 +1,10 @@
+import contextlib
+import enum
+import importlib
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -71,3 +75,44 @@ def shapes(tmp_path_factory, python):
         folder, '--train', 12, '--val', 6, '--size', 96,
     )  # fmt: skip
     return folder
+
+
+@contextlib.contextmanager
+def torchvision_or_stand_in():
+    """mmpretrain imports torchvision for transforms that no recipe uses; with
+    a CPU build of torch there may be none that loads."""
+    with contextlib.ExitStack() as stack:
+        try:
+            import torchvision.ops  # noqa: F401
+        except (ImportError, RuntimeError):
+            fake = types.ModuleType('torchvision')
+            fake.__version__ = '0'
+            fake.RandomResizedCrop = object
+            fake.InterpolationMode = enum.Enum(
+                'InterpolationMode',
+                'NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS',
+            )
+            fake.transforms = fake.functional = fake.ops = fake.boxes = fake
+            patch = stack.enter_context(pytest.MonkeyPatch.context())
+            for name in (
+                'torchvision',
+                'torchvision.transforms',
+                'torchvision.transforms.functional',
+                'torchvision.transforms.transforms',
+                'torchvision.ops',
+                'torchvision.ops.boxes',
+            ):
+                patch.setitem(sys.modules, name, fake)
+        yield
+
+
+def import_mmpretrain():
+    """Register what mmpretrain has; skips where it is not installed."""
+    pytest.importorskip(
+        'mmpretrain',
+        reason='the ImageNet recipes need mmpretrain: '
+        'pip install -r requirements/imagenet.txt',
+    )
+    with torchvision_or_stand_in():
+        for part in ('models', 'datasets', 'evaluation', 'visualization'):
+            importlib.import_module(f'mmpretrain.{part}')

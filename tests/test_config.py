@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import import_mmpretrain
 from mmengine.config import Config, ConfigDict
 
 from bcn_mm import BCN, WSConv2d
@@ -349,7 +350,7 @@ def test_any_channel_count_without_choosing_groups(name):
     """A step in training, one picture, no setting but the norm's type."""
     backbone = BACKBONES[name]()
     if backbone['type'].startswith('mmpretrain'):
-        pytest.importorskip('mmpretrain')
+        import_mmpretrain()
     cfg = to_bcn(
         Config(
             dict(

@@ -3,21 +3,17 @@
 Each of them at a reduced scale; at full scale, one of each task.
 """
 
-import contextlib
-import enum
 import importlib
 import json
 import os
 import re
-import sys
-import types
 from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, import_mmpretrain
 from dump_state import check_dump, dumping
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.config import Config
@@ -67,46 +63,10 @@ def norm_of(path):
     return re.search(f'[-_]({names})(-all)?_', path.stem).group(1)
 
 
-@contextlib.contextmanager
-def torchvision_or_stand_in():
-    """mmpretrain imports torchvision for transforms that no recipe uses; with
-    a CPU build of torch there may be none that loads."""
-    with contextlib.ExitStack() as stack:
-        try:
-            import torchvision.ops  # noqa: F401
-        except (ImportError, RuntimeError):
-            fake = types.ModuleType('torchvision')
-            fake.__version__ = '0'
-            fake.RandomResizedCrop = object
-            fake.InterpolationMode = enum.Enum(
-                'InterpolationMode',
-                'NEAREST BILINEAR BICUBIC BOX HAMMING LANCZOS',
-            )
-            fake.transforms = fake.functional = fake.ops = fake.boxes = fake
-            patch = stack.enter_context(pytest.MonkeyPatch.context())
-            for name in (
-                'torchvision',
-                'torchvision.transforms',
-                'torchvision.transforms.functional',
-                'torchvision.transforms.transforms',
-                'torchvision.ops',
-                'torchvision.ops.boxes',
-            ):
-                patch.setitem(sys.modules, name, fake)
-        yield
-
-
 def load(path):
     """The config; skips where the package that it is for is not installed."""
     if path.parent.name == 'resnet':
-        pytest.importorskip(
-            'mmpretrain',
-            reason='the ImageNet recipes need mmpretrain: '
-            'pip install -r requirements/imagenet.txt',
-        )
-        with torchvision_or_stand_in():
-            for part in ('models', 'datasets', 'evaluation', 'visualization'):
-                importlib.import_module(f'mmpretrain.{part}')
+        import_mmpretrain()
     return Config.fromfile(path)
 
 
