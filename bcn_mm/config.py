@@ -133,12 +133,12 @@ class _Converter:
         kind = node.get('type')
         if kind == _WRAPPER:
             kind = node.get('component')
-        if not isinstance(kind, str):
-            return kind if inspect.isclass(kind) else None
-        try:
-            return self.registry.get(kind)
-        except Exception:  # an optional package is missing, for instance
-            return None
+        if isinstance(kind, str):
+            try:
+                kind = self.registry.get(kind)
+            except Exception:  # an optional package is missing, for instance
+                return None
+        return kind if inspect.isclass(kind) else None
 
     def norm_class(self, value) -> Optional[type]:
         if isinstance(value, dict) and 'type' in value:
@@ -198,10 +198,9 @@ class _Converter:
         if norms and here:
             self.norms[path] = [node[key] for key, _ in norms]
             stock = {norm for _, norm in norms if not issubclass(norm, BCN)}
-            self.kinds[part_of(path)] |= stock
-            if self.ws:
-                self.standardize(node, path, arguments)
-            if stock:
+            changed = self.ws and self.standardize(node, path, arguments)
+            if stock or changed:
+                self.kinds[part_of(path)] |= stock or {BCN}
                 self.unfreeze(node, path, arguments, stock)
 
     def bcn_for(self, norm) -> ConfigDict:
@@ -215,7 +214,7 @@ class _Converter:
         self.changes.append(Change(path, value, value, note))
 
     def unfreeze(self, node, path, arguments, stock) -> None:
-        """What else a component needs whose norms were replaced."""
+        """What else a component needs whose norms or weights are others."""
         if node.get('norm_eval', arguments.get('norm_eval')) is True:
             self.set(node, 'norm_eval', False, path)
         given = self.pretrained and part_of(path) == 'backbone'
@@ -226,7 +225,7 @@ class _Converter:
                      'no BCN weights to freeze')  # fmt: skip
         if not given:
             for key in ('init_cfg', 'pretrained'):
-                self.initialize(node, key, path, stock)
+                self.initialize(node, key, path, stock or {BCN})
 
     def initialize(self, node, key, path, kinds) -> None:
         """Keep a checkpoint of a model with these norms if it still fits."""
@@ -240,7 +239,7 @@ class _Converter:
         ]
         if not loads or not kinds:
             return
-        if any(issubclass(kind, nn.GroupNorm) for kind in kinds):
+        if any(issubclass(kind, nn.GroupNorm) for kind in kinds - {BCN}):
             reason = 'GroupNorm weights: no place for them in BCN'
         elif self.ws:
             reason = 'weights that were trained without standardization'
@@ -251,11 +250,13 @@ class _Converter:
         rest = [e for e in entries if e not in loads]
         self.set(node, key, rest or None, path, reason)
 
-    def standardize(self, node, path, arguments) -> None:
+    def standardize(self, node, path, arguments) -> bool:
+        """Standardize the convolutions of a component; False if they are, or
+        cannot be."""
         if 'conv_cfg' not in arguments and 'conv_cfg' not in node:
             self.leave(f'{path}.conv_cfg', None,
                        'the component has no such setting')  # fmt: skip
-            return
+            return False
         given = node.get('conv_cfg', arguments.get('conv_cfg'))
         kind = (given or {}).get('type')
         if kind in _STANDARDIZED:
@@ -263,9 +264,11 @@ class _Converter:
             self.set(node, 'conv_cfg',
                      ConfigDict(type=_STANDARDIZED[kind], **rest),
                      path)  # fmt: skip
-        elif kind not in _STANDARDIZED.values():
+            return True
+        if kind not in _STANDARDIZED.values():
             self.leave(f'{path}.conv_cfg', given,
                        f'{kind} has no standardized version')  # fmt: skip
+        return False
 
 
 def _as_config(value):

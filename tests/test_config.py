@@ -148,6 +148,12 @@ def test_checkpoints_that_do_not_fit_go(source, kwargs, key):
     assert node is None
 
 
+@pytest.mark.parametrize('source', [RETINA, DEEPLAB])
+def test_standardizing_afterwards_is_the_same(source):
+    later = to_bcn(to_bcn(read_config(source)), ws=True)
+    assert later.to_dict() == to_bcn(read_config(source), ws=True).to_dict()
+
+
 def test_pretrained_bcn_weights(tmp_path):
     """They are loaded, and what the stock config freezes stays frozen."""
     source = read_config(STOCK['names its norm'])
