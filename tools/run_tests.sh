@@ -3,6 +3,8 @@
 #
 #   bash tools/run_tests.sh                    # everything
 #   bash tools/run_tests.sh -m "not slow"      # further words go to pytest
+#
+#   WORKERS     how many files are tested at a time      (2)
 set -euo pipefail
 case "${1:-}" in
 -h | --help)
@@ -18,4 +20,6 @@ if "$PY" -m ruff --version >/dev/null 2>&1; then
 else
     say "ruff is not installed here: the style is not checked"
 fi
-exec "$PY" -m pytest "$@"
+# files are shared out among workers, each with one core's threads
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+exec "$PY" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -49,7 +49,7 @@ PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation')
 # Height and width of the pictures for training steps; where the stock model
 # does not take the first, the next is tried.
 SHAPES = ((128, 160), (256, 256), (512, 512))
-CANDIDATES = 4
+CANDIDATES = 2
 
 
 def parse_args() -> argparse.Namespace:
