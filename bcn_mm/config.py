@@ -117,6 +117,8 @@ class _Converter:
         self.changes: List[Change] = []
         # the BCN dicts of each component that has some
         self.norms: Dict[str, List[dict]] = {}
+        # components that take norms by default: path -> (dict, as it was)
+        self.implicit: Dict[str, Tuple[dict, dict]] = {}
         # the norm classes that were replaced in each part
         self.kinds: Dict[str, set] = defaultdict(set)
 
@@ -169,10 +171,12 @@ class _Converter:
         kind = self.class_of(node) if 'type' in node else None
         arguments = parameters_of(kind) if kind else {}
         here = self.wanted(path)
-        implicit = {}
+        before, implicit = dict(node), {}
         for name, default in arguments.items():
             if here and name not in node and self.mentions_norm(default):
                 implicit[name] = node[name] = _as_config(default)
+        if implicit:
+            self.implicit[path] = node, before
         norms = []
         for key in list(node):
             value, where = node[key], f'{path}.{key}'
@@ -209,6 +213,16 @@ class _Converter:
         if norm.get('num_groups', 32) != 32:
             cfg.setdefault('num_groups', norm.num_groups)
         return cfg
+
+    def undo(self, path) -> None:
+        """Leave to its default again what a component takes by default."""
+        node, before = self.implicit.pop(path)
+        node.clear()
+        node.update(before)
+        self.norms.pop(path, None)
+        self.changes = [
+            c for c in self.changes if c.path.rpartition('.')[0] != path
+        ]
 
     def leave(self, path, value, note) -> None:
         self.changes.append(Change(path, value, value, note))
@@ -462,10 +476,7 @@ def _scale_batch(cfg, batch_size, walk) -> None:
 def _see_the_model(node, path, walk) -> None:
     """Settle what only the built model shows."""
     try:
-        try:
-            model = build_model(node, walk.registry)
-        except Exception:
-            model = build_model(node, walk.registry, 'cpu')
+        model = _build(node, walk)
     except Exception as e:
         walk.leave(path, None, 'could not be built, to look for norms that '
                    f'the config does not mention: {describe(e)}')  # fmt: skip
@@ -473,6 +484,24 @@ def _see_the_model(node, path, walk) -> None:
     _wrap(node, path, model, walk)
     if any(part_of(p) == 'heads' for p in walk.norms):
         _separate_levels(node, path, walk)
+
+
+def _build(node, walk) -> nn.Module:
+    """The converted model.
+
+    Where a component is handed its norm by the one around it, it must not
+    have one in the config too: such are found out and left as they were.
+    """
+    reason = None
+    for path in [None, *sorted(walk.implicit, key=len, reverse=True)]:
+        if path is not None:
+            walk.undo(path)
+        for device in ('meta', 'cpu'):
+            try:
+                return build_model(node, walk.registry, device)
+            except Exception as e:
+                reason = reason or e
+    raise reason
 
 
 def _components(node, path='') -> Iterator[Tuple[str, dict]]:

@@ -45,6 +45,8 @@ STOCK = {
     'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
     'GroupNorm and LayerNorm': 'mmdet::mask2former/'
     'mask2former_r50_8xb2-lsj-50e_coco.py',
+    'handed over by the component around it': 'mmseg::unet/'
+    'unet-s5-d16_fcn_4xb4-160k_cityscapes-512x1024.py',
     'without asking, a neck': 'mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py',
     'without asking, a backbone': 'mmseg::bisenetv1/'
     'bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py',

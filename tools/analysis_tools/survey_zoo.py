@@ -328,6 +328,10 @@ def two_steps(names: List[str], ws: bool, timeout: int) -> dict:
 def prepare() -> None:
     torch.set_num_threads(1)
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is fetched
+    # some norms ask for a process group when they are built
+    torch.distributed.init_process_group(
+        'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
 
 
 # -- the survey --------------------------------------------------------------
