@@ -67,8 +67,8 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
         batch_size,
         (3, *shape),
         num_items=[objects] * batch_size,
-        # it draws labels from 1 on
-        num_classes=max(2, num_classes(cfg)),
+        # it draws labels from 1 on, those of pixels as uint8
+        num_classes=min(max(2, num_classes(cfg)), 255),
         with_mask=True,
         with_semantic=True,
         use_box_type=True,
@@ -78,8 +78,9 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
         sample.set_metainfo(
             dict(batch_input_shape=shape, pad_shape=shape, img_path='')
         )
-        # what detectors without a proposal stage of their own take
         truth = sample.gt_instances
+        truth.labels %= num_classes(cfg)
+        # what detectors without a proposal stage of their own take
         sample.proposals = InstanceData(
             bboxes=truth.bboxes.tensor.clone(),
             scores=torch.ones(len(truth.bboxes)),
