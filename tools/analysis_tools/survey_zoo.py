@@ -381,6 +381,9 @@ def gather(
                     done(name, dict(stock_error='the process died'))
                     waiting.pop(name)
                 alone = not alone
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
 
 def survey(args: argparse.Namespace) -> dict:
