@@ -4,6 +4,7 @@ Importing it registers the layers in mmengine's root registry, where every
 scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 """
 
+from .checkpoint import extend_mmengine
 from .hooks import SyncEstimatesHook
 from .layers import (
     BCN,
@@ -36,4 +37,5 @@ __all__ = [
 ]
 
 allow_mmengine_checkpoints()
+extend_mmengine()
 offer_configs()

@@ -1,12 +1,10 @@
 """The Batch-Channel Normalization layer."""
 
-import logging
 import warnings
 from typing import Optional
 
 import torch
 import torch.distributed as dist
-from mmengine.logging import print_log
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -16,6 +14,13 @@ from ..ops import (
     check_num_groups,
     default_num_groups,
     inside_backward,
+)
+from .layouts import (
+    adopt_authors,
+    adopt_batch_norm,
+    adopt_group_norm,
+    layout_of,
+    loading,
 )
 
 
@@ -50,7 +55,9 @@ class BCN(nn.GroupNorm):
     Attributes that hold it are named as BatchNorm's (``bn1``), and the state
     of an ``nn.BatchNorm2d`` loads into the batch stage, leaving the channel
     stage at identity. The authors' layout loads too (``weight`` and ``bias``
-    of shape (1, G, 1) beside ``bn.*`` or ``pbn.*``).
+    of shape (1, G, 1) beside ``bn.*`` or ``pbn.*``), and that of an
+    ``nn.GroupNorm`` as an approximation
+    (:func:`bcn_mm.layers.layouts.adopt_group_norm`).
 
     **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
     SOLO) pass every level through one layer, and the levels' statistics
@@ -281,14 +288,9 @@ class BCN(nn.GroupNorm):
         unexpected_keys,
         error_msgs,
     ):
-        source = self._adopt(state_dict, prefix)
-        if source and _log_once.is_new(missing_keys):
-            print_log(
-                f'BCN: the checkpoint is in {source}; reading it into the '
-                f'stages of every BCN layer that it has a norm for',
-                logger='current',
-                level=logging.INFO,
-            )
+        layout = self._adopt(state_dict, prefix)
+        if layout:
+            loading.norm(missing_keys, layout)
         self._spread_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict,
@@ -311,72 +313,26 @@ class BCN(nn.GroupNorm):
         """Rename what another layout holds for this layer, in place.
 
         Returns:
-            str, optional: The name of that layout; None if the state is in
-            this layer's own, or in none that it knows.
+            str, optional: That layout, as :func:`.layouts.layout_of` calls
+            it; None if the state is in this layer's own, or in none that it
+            knows.
         """
-        has = lambda name: prefix + name in state_dict  # noqa: E731
-        if has('batch_weight'):
+        layout = layout_of(state_dict, prefix, self.num_channels)
+        if layout in (None, 'own'):
             return None
-        for inner in ('bn.', 'pbn.'):
-            if not has(inner + 'running_mean'):
-                continue
-            source = "the authors' layout"
-            for name in ('weight', 'bias'):
-                if has(name) and state_dict[prefix + name].dim() == 3:
-                    value = state_dict[prefix + name]
-                    state_dict[prefix + name] = value.flatten()
-            for name in (
-                'weight',
-                'bias',
-                'running_mean',
-                'running_var',
-                'num_batches_tracked',
-            ):
-                own = name if '_' in name else f'batch_{name}'
-                if has(inner + name):
-                    state_dict[prefix + own] = state_dict.pop(
-                        prefix + inner + name
-                    )
-            # their rate, a setting of the training loop; ours is an argument
-            state_dict.pop(f'{prefix}{inner}estbn_moving_speed', None)
-            break
-        else:
-            if not has('running_mean'):
+        if layout == 'BatchNorm':
+            if self.affine:
+                adopt_batch_norm(state_dict, prefix, self.num_groups)
+        elif layout == 'GroupNorm':
+            if not self.affine:
                 return None
-            source = (
-                "BatchNorm's layout (its channel stage starts at identity)"
-            )
-            for name, value in (('weight', 1.0), ('bias', 0.0)):
-                if has(name) and self.affine:
-                    own = getattr(self, name)
-                    state_dict[f'{prefix}batch_{name}'] = state_dict.pop(
-                        prefix + name
-                    )
-                    state_dict[prefix + name] = torch.full_like(own, value)
-        if not has('num_batches_tracked'):
-            state_dict[prefix + 'num_batches_tracked'] = torch.zeros(
-                (), dtype=torch.long
-            )
-        return source
-
-
-class _OncePerLoad:
-    """Tells the first layer of one ``load_state_dict`` from the others.
-
-    All layers of one call are handed the same list of missing keys, and no
-    two calls are while that list is referenced.
-    """
-
-    def __init__(self) -> None:
-        self._keys = None
-
-    def is_new(self, missing_keys: list) -> bool:
-        new = self._keys is not missing_keys
-        self._keys = missing_keys
-        return new
-
-
-_log_once = _OncePerLoad()
+            adopt_group_norm(state_dict, prefix, self.num_groups, self.eps)
+        else:
+            adopt_authors(state_dict, prefix, layout)
+        state_dict.setdefault(
+            prefix + 'num_batches_tracked', torch.zeros((), dtype=torch.long)
+        )
+        return layout
 
 
 @MODELS.register_module()

@@ -5,8 +5,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_dialect, standardize_weight
+from .layouts import loading
 
-_METADATA = 'ws_dialect'
+#: Under this name the metadata of a state dict holds a layer's dialect.
+METADATA = 'ws_dialect'
 
 
 class _WSConv:
@@ -83,7 +85,7 @@ class _WSConv:
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # beside the version, which torch and mmengine both put there
-        destination._metadata[prefix[:-1]][_METADATA] = self.dialect
+        destination._metadata[prefix[:-1]][METADATA] = self.dialect
 
     def _load_from_state_dict(
         self,
@@ -95,12 +97,18 @@ class _WSConv:
         unexpected_keys,
         error_msgs,
     ):
-        trained = local_metadata.get(_METADATA, self.dialect)
-        if trained != self.dialect:
-            error_msgs.append(
+        trained = local_metadata.get(METADATA)
+        if trained is None:
+            if prefix + 'weight' in state_dict:
+                loading.conv(missing_keys, self.dialect)
+        elif trained != self.dialect:
+            # not among the error messages, which mmengine's loader logs
+            # before it goes on with the wrong network
+            raise RuntimeError(
                 f'{prefix[:-1]}: the checkpoint was trained with weight '
                 f'standardization dialect={trained!r}, this layer has '
-                f'dialect={self.dialect!r}'
+                f'dialect={self.dialect!r}; set conv_cfg=dict('
+                f'type={type(self).__name__!r}, dialect={trained!r})'
             )
         super()._load_from_state_dict(
             state_dict,
@@ -126,7 +134,7 @@ class WSConv2d(_WSConv, nn.Conv2d):
     the parameters are those of ``nn.Conv2d``, so checkpoints of plain
     convolutions and of mmcv's ``ConvWS`` load. Which dialect a model was
     trained with travels in the state dict's metadata, and loading it into a
-    layer of another dialect is reported as a mismatch.
+    layer of another dialect is a RuntimeError.
 
     Source: arXiv:1903.10520v2; see :func:`bcn_mm.ops.standardize_weight`.
 

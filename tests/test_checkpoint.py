@@ -1,0 +1,440 @@
+import copy
+import logging
+
+import authors
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from mmdet.models.backbones import ResNet, ResNeXt
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from mmengine.runner.checkpoint import load_checkpoint
+from mmseg.registry import MODELS as SEG
+from torch import nn
+
+from bcn_mm import BCN, SyncBCN, WSConv2d
+from bcn_mm.checkpoint import from_authors, to_authors
+
+CONFIG = (
+    'configs/deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'
+)
+
+
+@pytest.fixture
+def log():
+    lines = []
+
+    class Records(logging.Handler):
+        def emit(self, record):
+            lines.append(record.getMessage())
+
+    MMLogger.get_instance('test_checkpoint')
+    logger = MMLogger.get_current_instance()
+    records = Records(logging.INFO)
+    logger.addHandler(records)
+    yield lines
+    logger.removeHandler(records)
+
+
+def backbone(kind=ResNet, dialect='var', checkpoint=None, prefix=None, **more):
+    more.setdefault('norm_cfg', dict(type='BCN', num_groups=32))
+    if dialect:
+        more['conv_cfg'] = dict(type='WSConv2d', dialect=dialect)
+    if checkpoint:
+        more['init_cfg'] = dict(
+            type='Pretrained', checkpoint=str(checkpoint), prefix=prefix
+        )
+    net = kind(norm_eval=False, **more)
+    if checkpoint:
+        net.init_weights()
+    net.eval()  # mmdet's returns nothing
+    return net
+
+
+def wrapped(state):
+    """As the authors' training code saves it."""
+    state = {f'module.{name}': value for name, value in state.items()}
+    return dict(epoch=90, state_dict=state, optimizer=dict(state={}))
+
+
+def close(got, want, tolerance=1e-8):
+    assert len(got) == len(want)
+    for a, b in zip(got, want):
+        assert a.shape == b.shape and a.abs().max() > 0.1
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def same(a, b):
+    assert list(a) == list(b)
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(a[name], b[name]), name
+
+
+# -- the authors' checkpoints -------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def rn50(tmp_path_factory):
+    """A ResNet-50 of theirs, its file, a picture and the stages' outputs."""
+    torch.manual_seed(1)
+    net = authors.randomize(authors.Backbone(50, classes=10).double())
+    path = tmp_path_factory.mktemp('authors') / 'rn50_bcn_ws.pth'
+    torch.save(wrapped(net.state_dict()), path)
+    x = torch.randn(2, 3, 64, 48, dtype=torch.double)
+    with torch.no_grad():
+        return net.state_dict(), path, x, net(x)
+
+
+@pytest.mark.slow
+def test_resnet50(rn50, tmp_path):
+    """Converted, in mmdet's ResNet."""
+    state, _, x, want = rn50
+    made = from_authors(state, 'resnet50')
+    path = tmp_path / 'converted.pth'
+    torch.save(dict(meta=made.meta, state_dict=made.state), path)
+    net = backbone(depth=50).double()
+    net.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    net.init_weights()
+    with torch.no_grad():
+        close(net(x), want)
+    assert made.meta['ws_dialect'] == 'var'
+    assert from_authors(state).meta == made.meta
+    # the file knows its dialect
+    with pytest.raises(RuntimeError, match="conv1: .*'var'.*'std'"):
+        backbone(depth=50, dialect='std', checkpoint=path)
+    with pytest.raises(RuntimeError, match="conv1: .*'var'.*Conv2d with none"):
+        backbone(depth=50, dialect=None, checkpoint=path)
+
+
+@pytest.mark.slow
+def test_authors_file_as_init_cfg(rn50, log):
+    _, path, x, want = rn50
+    net = backbone(depth=50).double()
+    net.init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    net.init_weights()
+    with torch.no_grad():
+        close(net(x), want)
+    assert sum("authors' layout" in line for line in log) == 1
+    assert sum('does not say its dialect' in line for line in log) == 1
+    (left,) = [line for line in log if 'unexpected' in line]
+    assert 'fc.weight, fc.bias' in left and 'missing' not in left
+
+
+@pytest.mark.slow
+def test_resnext50():
+    net = authors.Backbone(50, groups=32, base=4, classes=10, inner='bn')
+    net = authors.randomize(net.double())
+    made = from_authors(wrapped(net.state_dict())['state_dict'])
+    assert made.meta['arch'] == 'resnext50_32x4d'
+    ours = backbone(ResNeXt, depth=50, groups=32, base_width=4).double()
+    missing, unexpected = ours.load_state_dict(made.state, strict=False)
+    assert not missing and unexpected == ['fc.weight', 'fc.bias']
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    with torch.no_grad():
+        close(ours(x), net(x))
+
+
+def mmseg_model(**edits):
+    cfg = Config.fromfile(CONFIG)
+    cfg.merge_from_dict({f'model.{k}': v for k, v in edits.items()})
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        return SEG.build(cfg.model).eval()
+
+
+@pytest.mark.slow
+def test_deeplab():
+    """With the configuration for it, up to the logits."""
+    net = authors.randomize(authors.DeepLab(101).double())
+    x = torch.randn(1, 3, 97, 65, dtype=torch.double)
+    with torch.no_grad():
+        want = net(x)
+    made = from_authors(net.state_dict())
+    assert made.meta['arch'] == 'deeplabv3_resnet101'
+    assert made.meta['ws_dialect'] == 'std'
+    assert any('aspp.conv2' in note for note in made.notes)
+    del net
+    ours = mmseg_model().double()
+    ours.load_state_dict(made.state)
+    with torch.no_grad():
+        logits = ours.encode_decode(x, [dict(img_shape=x.shape[2:])])
+        close([ours.decode_head(ours.backbone(x)), logits], want)
+
+
+@pytest.mark.parametrize('dialect', ['std', 'var', 'biased_var', 'none'])
+def test_deeplab_joining_convolution(dialect):
+    """1x1 in the centre of 3x3, in every dialect."""
+    plain = dialect == 'none'
+    head = authors.Head(512, 5, 'std' if plain else dialect, 'pbn').double()
+    if plain:
+        for m in head.modules():
+            if isinstance(m, authors.Conv):
+                m.forward = nn.Conv2d.forward.__get__(m)
+    authors.randomize(head)
+    # weights so small that the eps of the standardization counts
+    head.conv2.weight.data.mul_(0.001)
+    net = authors.DeepLab(18, 5).double()
+    net.aspp.load_state_dict(head.state_dict())
+    made = from_authors(net.state_dict(), dialect=dialect)
+    conv = dict(type='WSConv2d', dialect=dialect)
+    model = mmseg_model(**{
+        'backbone.depth': 18,
+        'decode_head.in_channels': 512,
+        'decode_head.num_classes': 5,
+        'decode_head.conv_cfg': None if plain else conv,
+        'backbone.conv_cfg': None if plain else conv,
+    }).double()  # fmt: skip
+    model.load_state_dict(made.state)
+    x = torch.randn(2, 512, 7, 9, dtype=torch.double)
+    with torch.no_grad():
+        close([model.decode_head([None] * 3 + [x])], [head(x)], 1e-9)
+
+
+# -- and back -----------------------------------------------------------------
+
+
+def resnet18(norm='BCN', **kwargs):
+    net = backbone(depth=18, norm_cfg=dict(type=norm), **kwargs)
+    return authors.randomize(net)
+
+
+@pytest.mark.parametrize('inner', ['pbn', 'bn'])
+def test_round_trip_of_a_backbone(inner):
+    state = resnet18().state_dict()
+    theirs = to_authors(state, inner)
+    twin = authors.Backbone(18, inner=inner)
+    twin.load_state_dict(theirs.state)
+    same(from_authors(theirs.state, dialect='var').state, state)
+    assert theirs.meta['ws_dialect'] == 'var'
+    state = authors.randomize(twin).state_dict()
+    same(to_authors(from_authors(state, dialect='std').state, inner).state,
+         state)  # fmt: skip
+
+
+def test_round_trip_of_a_deeplab():
+    model = mmseg_model(**{
+        'backbone.depth': 18, 'decode_head.in_channels': 512,
+    })  # fmt: skip
+    state = authors.randomize(model).state_dict()
+    theirs = to_authors(state)
+    assert any('3x3' in note for note in theirs.notes)
+    again = from_authors(theirs.state)
+    same(again.state, state)
+    assert from_authors(theirs.state, 'deeplabv3_resnet18').meta == again.meta
+    state['auxiliary_head.conv_seg.weight'] = torch.zeros(1)
+    (note,) = [n for n in to_authors(state).notes if 'left out' in n]
+    assert note.startswith('auxiliary_head.conv_seg.weight and 0 others')
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['conv', 'lateral.bn', 'bn', 'x.norm', 'pbn']),
+            st.integers(1, 4),
+            st.sampled_from([torch.half, torch.float, torch.double]),
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([1, 2, 32]),
+    st.sampled_from(['pbn', 'bn']),
+)
+def test_round_trip_of_any_model(layers, groups, inner):
+    """In OpenMMLab's names, whatever the layers are called."""
+    state = {'backbone.conv.weight': torch.randn(2, 3, 1, 1)}
+    for i, (name, size, dtype) in enumerate(layers):
+        layer = BCN(2 * size * groups, groups).to(dtype)
+        for key, value in authors.randomize(layer).state_dict().items():
+            state[f'neck.{i}.{name}.{key}'] = value
+        state[f'neck.{i}.fc.bias'] = torch.randn(3)
+        bn = nn.BatchNorm2d(4).state_dict()  # a norm that was not replaced
+        state.update((f'neck.{i}.other.bn.{k}', v) for k, v in bn.items())
+    before = copy.deepcopy(state)
+    theirs = to_authors(state, inner).state
+    assert not any('batch_weight' in name for name in theirs)
+    same(state, before)
+    before = copy.deepcopy(theirs)
+    same(from_authors(theirs).state, state)
+    same(theirs, before)
+
+
+def test_metadata_survives():
+    """What is written into it, and what is taken from a part of it."""
+    made = from_authors(authors.DeepLab(18).state_dict())
+    marks = {k for k, v in made.state._metadata.items() if 'ws_dialect' in v}
+    model = mmseg_model(**{
+        'backbone.depth': 18, 'decode_head.in_channels': 512,
+    })  # fmt: skip
+    assert marks == {
+        name for name, m in model.named_modules() if isinstance(m, WSConv2d)
+    }
+    assert model.state_dict().keys() == made.state.keys()
+
+
+@pytest.mark.parametrize('conv, match', [('var', "'var'"), (None, 'Conv2d')])
+def test_prefix_keeps_the_dialect(tmp_path, conv, match):
+    """``init_cfg`` with ``prefix``, of which mmengine makes a bare dict."""
+    made = from_authors(authors.DeepLab(18).state_dict())
+    path = tmp_path / 'deeplab.pth'
+    torch.save(dict(meta=made.meta, state_dict=made.state), path)
+    more = dict(depth=18, checkpoint=path, prefix='backbone.')
+    net = backbone(dialect='std', **more)
+    assert torch.equal(net.conv1.weight, made.state['backbone.conv1.weight'])
+    with pytest.raises(RuntimeError, match=f"conv1: .*'std'.*{match}"):
+        backbone(dialect=conv, **more)
+    more['prefix'] = 'neck'
+    with pytest.raises(ValueError, match='neck. is not in .*deeplab.pth'):
+        backbone(dialect='std', **more)
+
+
+@pytest.mark.parametrize('dialect', ['std', 'var'])
+def test_mmcv_conv_is_of_a_dialect(dialect, tmp_path):
+    made = from_authors(authors.Backbone(18).state_dict(), dialect=dialect)
+    torch.save(made.state, tmp_path / 'a.pth')
+    net = ResNet(18, norm_cfg=dict(type='BCN'), conv_cfg=dict(type='ConvWS'))
+    if dialect == 'std':
+        load_checkpoint(net, str(tmp_path / 'a.pth'), strict=True)
+    else:
+        with pytest.raises(RuntimeError, match="ConvWS2d with 'std'"):
+            load_checkpoint(net, str(tmp_path / 'a.pth'))
+
+
+def test_rates_are_left_out_and_said():
+    state = authors.Backbone(18, inner='bn', classes=3).state_dict()
+    for name in ('bn1', 'layer1.0.bn1'):
+        state[f'{name}.bn.estbn_moving_speed'] = torch.zeros(1)
+    made = from_authors(state)
+    (note,) = [n for n in made.notes if 'rate' in n]
+    assert note.startswith('bn1.bn.estbn_moving_speed and 1 others')
+    assert not any('speed' in name for name in made.state)
+    for name in [k for k in state if 'tracked' in k]:
+        del state[name]
+    same(from_authors(state).state, made.state)
+
+
+# -- BatchNorm and GroupNorm --------------------------------------------------
+
+
+def batch_stage_only(self, x):
+    return F.batch_norm(
+        x, self.running_mean, self.running_var, self.batch_weight,
+        self.batch_bias, eps=self.eps,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('norm', ['BCN', 'SyncBCN'])
+def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
+    """Torchvision's names and layout, into a stock backbone with BCN."""
+    bn = authors.randomize(ResNet(50, norm_eval=False))
+    state = bn.state_dict()
+    state.update({'fc.weight': torch.zeros(9, 2048), 'fc.bias': torch.ones(9)})
+    torch.save(state, tmp_path / 'resnet50.pth')
+    net = backbone(
+        dialect=None, depth=50, norm_cfg=dict(type=norm),
+        checkpoint=tmp_path / 'resnet50.pth',
+    )  # fmt: skip
+    assert sum('BatchNorm' in line for line in log) == 1
+    assert not any('standardization' in line for line in log)
+    (left,) = [line for line in log if 'unexpected' in line]
+    assert 'fc.weight, fc.bias' in left and 'missing' not in left
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    bn, net = bn.double(), net.double()
+    with torch.no_grad():
+        out = net(x)
+        net.train()
+        out += net(x)
+        assert all(y.isfinite().all() and y.std() > 0 for y in out)
+    kind = {'BCN': BCN, 'SyncBCN': SyncBCN}[norm]
+    norms = [m for m in net.modules() if type(m) is kind]
+    assert len(norms) == 53
+    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
+    net = backbone(
+        dialect=None, depth=50, norm_cfg=dict(type=norm),
+        checkpoint=tmp_path / 'resnet50.pth',
+    ).double()  # fmt: skip
+    monkeypatch.setattr(BCN, 'forward', batch_stage_only)
+    with torch.no_grad():
+        close(net(x), bn(x), 1e-6)
+
+
+def test_ws_model_says_that_batch_norm_weights_are_not_its_own(tmp_path, log):
+    torch.save(ResNet(18).state_dict(), tmp_path / 'resnet18.pth')
+    for _ in range(2):
+        log.clear()
+        backbone(depth=18, checkpoint=tmp_path / 'resnet18.pth')
+        said = [x for x in log if 'standardization' in x]
+        assert len(said) == 1
+        assert 'BatchNorm model and does not say' in said[0]
+    log.clear()
+    net = resnet18()
+    net.load_state_dict(net.state_dict())
+    assert not log
+
+
+@pytest.mark.parametrize('names', ['bn', 'gn'])
+def test_group_norm_checkpoint(names, tmp_path, log):
+    """jhu's layout: per-channel pairs, no estimates, either's names."""
+    gn = ResNet(
+        18, norm_cfg=dict(type='GN', num_groups=32),
+        conv_cfg=dict(type='ConvWS'), norm_eval=False,
+    )  # fmt: skip
+    for m in gn.modules():
+        if isinstance(m, nn.GroupNorm):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias, 0, 0.1)
+    state = {k.replace('gn', names): v for k, v in gn.state_dict().items()}
+    torch.save(state, tmp_path / 'jhu.pth')
+    net = backbone(depth=18, dialect='std', checkpoint=tmp_path / 'jhu.pth')
+    assert sum('GroupNorm' in line for line in log) == 1
+    assert sum('standardization' in line for line in log) == 1
+    assert not any('missing' in line or 'unexpected' in line for line in log)
+    for name in ('bn1', 'layer3.0.downsample.1'):
+        own = net.get_submodule(name)
+        theirs = gn.get_submodule(name.replace('bn', 'gn'))
+        assert torch.equal(own.batch_weight, theirs.weight)
+        assert torch.equal(own.batch_bias, theirs.bias)
+        assert (own.running_mean == 0).all() and (own.running_var == 1).all()
+    # closer than without the pairs, and than without restored groups
+    x = torch.randn(2, 3, 64, 64)
+    gn.eval()
+    want = gn(x)
+
+    def distance():
+        return [float((a - b).norm()) for a, b in zip(net(x), want)]
+
+    restored = distance()
+    norms = [m for m in net.modules() if isinstance(m, BCN)]
+    for m in norms:
+        nn.init.ones_(m.weight), nn.init.zeros_(m.bias)
+    in_batch_stage = distance()
+    for m in norms:
+        nn.init.ones_(m.batch_weight), nn.init.zeros_(m.batch_bias)
+    for a, b, c in zip(restored, in_batch_stage, distance()):
+        assert a < b < c
+
+
+def test_group_norm_whose_channels_agree_is_exact():
+    """Within each group, that is; estimates at their start."""
+    gn, layer = nn.GroupNorm(32, 128).double(), BCN(128).double().eval()
+    for value in (gn.weight, gn.bias):
+        with torch.no_grad():
+            value.copy_(torch.rand(32).repeat_interleave(4) + 0.5)
+    layer.load_state_dict(gn.state_dict())
+    x = torch.randn(2, 128, 5, 5, dtype=torch.double)
+    torch.testing.assert_close(layer(x), gn(x), rtol=1e-4, atol=1e-4)
+
+
+# -- metadata and memory ------------------------------------------------------
+
+
+def test_conversions_leave_their_input():
+    state = authors.Backbone(18).state_dict()
+    before = copy.deepcopy(state)
+    metadata = copy.deepcopy(state._metadata)
+    from_authors(state, dialect='var')
+    same(state, before)
+    assert state._metadata == metadata
