@@ -19,7 +19,6 @@ from .layers.layouts import (
     INNER,
     RATE,
     State,
-    adopt_authors,
 )
 from .layers.ws_conv import METADATA
 from .ops import DIALECTS, check_dialect
@@ -388,27 +387,7 @@ def from_authors(
     arch = arch or arch_of(state)
     if arch:
         _check_architecture(state, arch, inner)
-        entries = list(_entries(arch, state))
-        norms = [e.name for e in entries if e.kind == 'norm']
-        convs = [e.name for e in entries if e.kind == 'conv']
-    else:
-        end = f'.{inner}.running_mean'
-        norms = [
-            name[: -len(end)]
-            for name in state
-            if name.endswith(end)
-            and getattr(state.get(f'{name[: -len(end)]}.weight'), 'ndim', 0)
-            == 3
-        ]
-        for name in norms:
-            _check_norm(state, f'{name}.', inner)
-        convs = [
-            name[:-7]
-            for name, value in state.items()
-            if name.endswith('.weight')
-            and value.dim() == 4
-            and f'{name[:-7]}.bias' not in state  # a head's last layer
-        ]
+    norms, convs = _layers_of(state, arch, inner)
     deeplab = bool(arch) and arch.startswith('deeplabv3')
     if dialect is None:
         if arch and not deeplab and 'fc.weight' not in state:
@@ -426,24 +405,20 @@ def from_authors(
             f'{rates[0]} and {len(rates) - 1} others left out: the rate of '
             f'the estimates is an argument here'
         )
+    own_names = {
+        f'{norm}.{theirs.format(inner=inner)}': f'{norm}.{own}'
+        for norm in norms
+        for own, theirs in AUTHORS.items()
+    }
     result = OrderedDict()
-    of_norm = {f'{name}.': set() for name in norms}
-    for name, value in state.items():  # in their order
-        prefix = next(
-            (prefix for prefix in _prefixes(name) if prefix in of_norm),
-            None,
-        )
-        if prefix is None:
-            result[name] = value
-        elif not of_norm[prefix]:
-            of_norm[prefix].add(name)
-            part = OrderedDict(
-                (key, v) for key, v in state.items() if key.startswith(prefix)
-            )
-            adopt_authors(part, prefix, inner)
-            passes = f'{prefix}num_batches_tracked'
-            part.setdefault(passes, torch.zeros((), dtype=torch.long))
-            result.update(part)
+    for name, value in state.items():
+        if name in own_names and value.dim() == 3:
+            value = value.flatten()
+        if name not in rates:
+            result[own_names.get(name, name)] = value
+    for norm in norms:
+        passes = torch.zeros((), dtype=torch.long)
+        result.setdefault(f'{norm}.num_batches_tracked', passes)
     if deeplab:
         notes += _join_branches(result, dialect)
         result = OrderedDict(
@@ -471,12 +446,33 @@ def from_authors(
     return Converted(result, meta, notes)
 
 
-def _prefixes(name: str) -> Iterator[str]:
-    """'a.', 'a.b.', ... of 'a.b.c'."""
-    at = name.find('.')
-    while at >= 0:
-        yield name[: at + 1]
-        at = name.find('.', at + 1)
+def _layers_of(
+    state: State, arch: Optional[str], inner: str
+) -> Tuple[List[str], List[str]]:
+    """The names of the norms and of the standardized convolutions."""
+    if arch:
+        entries = list(_entries(arch, state))
+        return tuple(
+            [entry.name for entry in entries if entry.kind == kind]
+            for kind in ('norm', 'conv')
+        )
+    norms, convs = [], []
+    end = f'.{inner}.running_mean'
+    for name, value in state.items():
+        layer, entry = name.rpartition('.')[::2]
+        norm = name[: -len(end)]
+        if name.endswith(end):
+            # else a BatchNorm that its owner calls so
+            if getattr(state.get(f'{norm}.weight'), 'ndim', 0) == 3:
+                _check_norm(state, f'{norm}.', inner)
+                norms.append(norm)
+        elif (
+            entry == 'weight'
+            and value.dim() == 4
+            and f'{layer}.bias' not in state  # not the last of a head
+        ):
+            convs.append(layer)
+    return norms, convs
 
 
 def _to_mmseg(name: str) -> str:
@@ -581,22 +577,27 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
     deeplab = 'decode_head.aspp_modules.0.conv.weight' in state
     result, left = OrderedDict(), []
     for name, value in state.items():
-        stage, own = name.rpartition('.')[::2]
-        if name in names and own in ('weight', 'bias'):
+        if name in names and name.endswith(('.weight', '.bias')):
             value = value.view(1, -1, 1)
         theirs = names.get(name, name)
         if deeplab:
-            theirs = _from_mmseg(theirs)
-            if theirs is None:
+            if name.startswith('auxiliary_head.'):
                 left.append(name)
                 continue
-            if theirs == 'aspp.conv2.weight':
+            theirs = _from_mmseg(theirs)
+            if theirs is None:
+                raise ValueError(
+                    f"{name}: the authors' DeepLab has no such layer"
+                )
+            if theirs == 'aspp.conv2.weight' and value.shape[1:2] == (1280,):
                 value = _rotate(value, -1)
         result[theirs] = value
+    if deeplab:
+        _check_architecture(result, arch_of(result), inner)
     notes = [f'{len(norms)} norms mapped']
     if left:
-        notes.append(f"{left[0]} and {len(left) - 1} others left out: the "
-                     "authors' DeepLab has no such layers")  # fmt: skip
+        notes.append(f'{left[0]} and {len(left) - 1} others left out: the '
+                     f"authors' DeepLab has no auxiliary head")  # fmt: skip
     if deeplab and result['aspp.conv2.weight'].shape[2:] != (1, 1):
         notes.append("aspp.conv2 is 3x3, in the authors' code it is 1x1")
     dialects = {

@@ -227,6 +227,13 @@ def test_round_trip_of_a_deeplab():
     state['auxiliary_head.conv_seg.weight'] = torch.zeros(1)
     (note,) = [n for n in to_authors(state).notes if 'left out' in n]
     assert note.startswith('auxiliary_head.conv_seg.weight and 0 others')
+    wide = dict(state)
+    wide['decode_head.bottleneck.conv.weight'] = torch.zeros(512, 2560, 3, 3)
+    with pytest.raises(ValueError, match=r'conv2.weight has shape \(512, 25'):
+        to_authors(wide)
+    state['decode_head.c1_bottleneck.conv.weight'] = torch.zeros(1)
+    with pytest.raises(ValueError, match='c1_bottleneck.conv.weight: the au'):
+        to_authors(state)
 
 
 @given(
@@ -312,7 +319,8 @@ def test_rates_are_left_out_and_said():
     assert not any('speed' in name for name in made.state)
     for name in [k for k in state if 'tracked' in k]:
         del state[name]
-    same(from_authors(state).state, made.state)
+    again = from_authors(state).state
+    same({name: again[name] for name in made.state}, made.state)
 
 
 # -- BatchNorm and GroupNorm --------------------------------------------------

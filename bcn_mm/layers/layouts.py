@@ -120,8 +120,6 @@ def adopt_group_norm(
     weight, bias = (state.pop(prefix + name) for name in ('weight', 'bias'))
     state[prefix + 'batch_weight'] = weight
     state[prefix + 'batch_bias'] = bias
-    if weight.numel() % groups:
-        groups = 1  # no BCN has such a number; the load says what is wrong
     w, b = weight.view(groups, -1), bias.view(groups, -1)
     scale = w.square().mean(1) + b.var(1, unbiased=False) + eps
     state[prefix + 'weight'] = scale.sqrt()
