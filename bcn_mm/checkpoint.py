@@ -268,9 +268,9 @@ def _check_architecture(state: State, arch: str, inner: str) -> None:
     """Compare names and shapes; the error names the first that is off."""
     wanted: Dict[str, Tuple[int, ...]] = OrderedDict()
     optional = set()
+    groups = (_groups(state) or [32])[0]
     for entry in _entries(arch, state):
         if entry.kind == 'norm':
-            groups = _groups(state)
             for own, theirs in AUTHORS.items():
                 name = f'{entry.name}.{theirs.format(inner=inner)}'
                 wanted[name] = entry.shape
@@ -299,40 +299,46 @@ def _check_architecture(state: State, arch: str, inner: str) -> None:
         raise ValueError(f'{unknown[0]} is not of {arch}')
 
 
-def _groups(state: State) -> int:
-    """G of the first norm in the authors' layout."""
-    for name, value in state.items():
-        if name.endswith('.weight') and value.dim() == 3:
-            groups = value.shape[1]
-            if tuple(value.shape) != (1, groups, 1) or groups < 1:
-                break
-            for inner in INNER:
-                mean = state.get(f'{name[:-6]}{inner}.running_mean')
-                if mean is not None and mean.numel() % groups:
-                    raise ValueError(
-                        f'{name}: {groups} groups do not divide '
-                        f'{mean.numel()} channels'
-                    )
-            return groups
-    return 32
+def _groups(state: State) -> List[int]:
+    """The numbers of groups of the norms in the authors' layout."""
+    found = []
+    for inner in INNER:
+        for mean, value in state.items():
+            if not mean.endswith(f'.{inner}.running_mean'):
+                continue
+            name = mean[: -len(f'{inner}.running_mean')] + 'weight'
+            shape = tuple(state[name].shape) if name in state else ()
+            if len(shape) != 3:
+                continue
+            groups = shape[1]
+            if shape != (1, groups, 1) or groups < 1:
+                raise ValueError(
+                    f'{name} has shape {shape} where (1, groups, 1) belongs'
+                )
+            if value.numel() % groups:
+                raise ValueError(
+                    f'{name}: {groups} groups do not divide '
+                    f'{value.numel()} channels'
+                )
+            found.append(groups)
+    return found
 
 
 def _check_norm(state: State, prefix: str, inner: str) -> None:
     """One norm of a model whose architecture is not known."""
     channels = state[f'{prefix}{inner}.running_mean'].shape
+    groups = state[f'{prefix}weight'].shape
     for own, theirs in AUTHORS.items():
         name = prefix + theirs.format(inner=inner)
         if own == 'num_batches_tracked':
             continue
         if name not in state:
             raise ValueError(f'{name} is missing')
-        shape = channels
-        if own in ('weight', 'bias'):
-            shape = (1, _groups(state), 1)
-        if tuple(state[name].shape) != tuple(shape):
+        shape = groups if own in ('weight', 'bias') else channels
+        if state[name].shape != shape:
             raise ValueError(
-                f'{name} has shape {tuple(state[name].shape)}, beside '
-                f'{prefix}{inner}.running_mean it should have {tuple(shape)}'
+                f'{name} has shape {tuple(state[name].shape)}, beside the '
+                f'rest of its norm it should have {tuple(shape)}'
             )
 
 
@@ -397,7 +403,7 @@ def from_authors(
                 f'standardization: {", ".join(DIALECTS)} or none'
             )
         dialect = 'var' if 'fc.weight' in state else 'std'
-    groups = _groups(state)
+    groups = sorted(set(_groups(state)))
     notes = [f'{len(convs)} convolutions and {len(norms)} norms mapped']
     rates = [name for name in state if name.endswith(f'.{inner}.{RATE}')]
     if rates:
@@ -428,8 +434,8 @@ def from_authors(
     elif 'fc.weight' in result:
         notes.append('fc.weight and fc.bias kept: backbones report them as '
                      'unexpected keys')  # fmt: skip
-    if groups != 32:
-        notes.append(f'build the model with num_groups={groups}')
+    if len(groups) == 1 and groups != [32]:
+        notes.append(f'build the model with num_groups={groups[0]}')
     metadata = OrderedDict({'': dict(version=1)})
     for name in convs:
         metadata[name] = dict(version=1)
@@ -440,7 +446,7 @@ def from_authors(
         arch=arch or "in OpenMMLab's names",
         source="the authors' layout",
         ws_dialect=dialect,
-        num_groups=groups,
+        num_groups=groups[0] if len(groups) == 1 else groups,
         bcn_mm_version=__version__,
     )
     return Converted(result, meta, notes)

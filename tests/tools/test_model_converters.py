@@ -234,6 +234,10 @@ BAD_STATES = {
         put('bn1.weight', shape(1, 7, 1)),
         'bn1.weight: 7 groups do not divide 64 channels',
     ),
+    'flat groups': (
+        put('bn1.weight', shape(32, 1, 2)),
+        r'bn1.weight has shape \(32, 1, 2\) where \(1, groups, 1\) belongs',
+    ),
     'per channel': (
         put('layer1.0.bn1.bias', shape(64)),
         r'layer1.0.bn1.bias has shape \(64,\), in resnet18 it is \(1, 32, 1',
