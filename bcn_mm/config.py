@@ -121,6 +121,8 @@ class _Converter:
         self.implicit: Dict[str, Tuple[dict, dict]] = {}
         # the norm classes that were replaced in each part
         self.kinds: Dict[str, set] = defaultdict(set)
+        # the parts whose plain convolutions were standardized
+        self.plain = set()
 
     def set(self, node, key, value, path, note='') -> None:
         before = node.get(key)
@@ -202,10 +204,12 @@ class _Converter:
         if norms and here:
             self.norms[path] = [node[key] for key, _ in norms]
             stock = {norm for _, norm in norms if not issubclass(norm, BCN)}
-            changed = self.ws and self.standardize(node, path, arguments)
-            if stock or changed:
+            plain = self.ws and self.standardize(node, path, arguments)
+            if plain:
+                self.plain.add(part_of(path))
+            if stock or plain:
                 self.kinds[part_of(path)] |= stock or {BCN}
-                self.unfreeze(node, path, arguments, stock)
+                self.unfreeze(node, path, arguments, stock, plain)
 
     def bcn_for(self, norm) -> ConfigDict:
         """What replaces a norm; groups chosen by the config are kept."""
@@ -227,7 +231,7 @@ class _Converter:
     def leave(self, path, value, note) -> None:
         self.changes.append(Change(path, value, value, note))
 
-    def unfreeze(self, node, path, arguments, stock) -> None:
+    def unfreeze(self, node, path, arguments, stock, plain) -> None:
         """What else a component needs whose norms or weights are others."""
         if node.get('norm_eval', arguments.get('norm_eval')) is True:
             self.set(node, 'norm_eval', False, path)
@@ -239,9 +243,9 @@ class _Converter:
                      'no BCN weights to freeze')  # fmt: skip
         if not given:
             for key in ('init_cfg', 'pretrained'):
-                self.initialize(node, key, path, stock or {BCN})
+                self.initialize(node, key, path, stock or {BCN}, plain)
 
-    def initialize(self, node, key, path, kinds) -> None:
+    def initialize(self, node, key, path, kinds, plain) -> None:
         """Keep a checkpoint of a model with these norms if it still fits."""
         value = node.get(key)
         entries = value if isinstance(value, (list, tuple)) else [value]
@@ -253,20 +257,22 @@ class _Converter:
         ]
         if not loads or not kinds:
             return
-        if any(issubclass(kind, nn.GroupNorm) for kind in kinds - {BCN}):
-            reason = 'GroupNorm weights: no place for them in BCN'
-        elif self.ws:
-            reason = 'weights that were trained without standardization'
-        else:
-            self.leave(f'{path}.{key}' if path else key, value, 'BatchNorm '
-                       'weights: they load into the batch stage')  # fmt: skip
+        if plain:
+            rest = [e for e in entries if e not in loads]
+            self.set(node, key, rest or None, path, 'weights that were '
+                     'trained without standardization')  # fmt: skip
             return
-        rest = [e for e in entries if e not in loads]
-        self.set(node, key, rest or None, path, reason)
+        per_group = any(issubclass(k, nn.GroupNorm) for k in kinds - {BCN})
+        note = (
+            'GroupNorm weights: they load approximately'
+            if per_group
+            else 'BatchNorm weights: they load into the batch stage'
+        )
+        self.leave(f'{path}.{key}' if path else key, value, note)
 
     def standardize(self, node, path, arguments) -> bool:
-        """Standardize the convolutions of a component; False if they are, or
-        cannot be."""
+        """Standardize the convolutions of a component; tells whether they
+        were plain ones before."""
         if 'conv_cfg' not in arguments and 'conv_cfg' not in node:
             self.leave(f'{path}.conv_cfg', None,
                        'the component has no such setting')  # fmt: skip
@@ -278,7 +284,7 @@ class _Converter:
             self.set(node, 'conv_cfg',
                      ConfigDict(type=_STANDARDIZED[kind], **rest),
                      path)  # fmt: skip
-            return True
+            return kind != 'ConvWS'
         if kind not in _STANDARDIZED.values():
             self.leave(f'{path}.conv_cfg', given,
                        f'{kind} has no standardized version')  # fmt: skip
@@ -330,7 +336,8 @@ def to_bcn(
     - ``norm_eval`` is turned off, and ``frozen_stages`` unless ``pretrained``
       names weights that were trained with BCN;
     - checkpoints in ``init_cfg``, ``pretrained`` and ``load_from`` go where
-      they no longer fit: those of GroupNorm models, and with ``ws`` all;
+      convolutions are standardized that were not; those of BatchNorm models
+      load otherwise, those of GroupNorm models approximately;
     - bcn_mm is imported and :class:`~bcn_mm.SyncEstimatesHook` added.
 
     The last two of the first three are found out by building the model,
@@ -383,9 +390,15 @@ def to_bcn(
         if pretrained:
             _start_from(node, path, pretrained, walk)
         else:
-            walk.initialize(node, 'pretrained', path, walk.kinds['backbone'])
+            walk.initialize(
+                node,
+                'pretrained',
+                path,
+                walk.kinds['backbone'],
+                'backbone' in walk.plain,
+            )
         kinds = set().union(*walk.kinds.values())
-        walk.initialize(cfg, 'load_from', '', kinds)
+        walk.initialize(cfg, 'load_from', '', kinds, bool(walk.plain))
         _see_the_model(node, path, walk)
         if walk.norms:
             _register(cfg, walk)

@@ -93,7 +93,7 @@ def test_every_norm_becomes_bcn(source, ws, tmp_path):
     for node in dicts(new.model):
         assert not node.get('norm_eval')
         assert node.get('frozen_stages', -1) == -1
-        if ws:
+        if ws and 'ws' not in source:
             assert 'checkpoint' not in (node.get('init_cfg') or ())
             assert not node.get('pretrained')
 
@@ -131,6 +131,11 @@ def test_checkpoints_that_fit_stay():
     assert cfg.model.backbone.frozen_stages == -1
     cfg, _ = settings(DEEPLAB)
     assert cfg.model.pretrained == 'open-mmlab://resnet50_v1c'
+    # those of GroupNorm, and of standardized convolutions
+    for name, ws in (('GroupNorm checkpoint', False), ('ConvWS', True)):
+        cfg, changes = settings(STOCK[name], ws=ws)
+        assert 'gn' in cfg.model.backbone.init_cfg.checkpoint
+        assert 'approximately' in changes['model.backbone.init_cfg'].note
 
 
 @pytest.mark.parametrize(
@@ -138,7 +143,11 @@ def test_checkpoints_that_fit_stay():
     [
         (RETINA, dict(ws=True), 'model.backbone.init_cfg'),
         (DEEPLAB, dict(ws=True), 'model.pretrained'),
-        (STOCK['GroupNorm checkpoint'], {}, 'model.backbone.init_cfg'),
+        (
+            STOCK['GroupNorm checkpoint'],
+            dict(ws=True),
+            'model.backbone.init_cfg',
+        ),
     ],
 )
 def test_checkpoints_that_do_not_fit_go(source, kwargs, key):
