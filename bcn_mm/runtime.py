@@ -16,8 +16,9 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, Optional
+from typing import Iterator, List, Optional
 
+import cv2
 import numpy as np
 import torch
 from mmengine.config import Config, DictAction
@@ -375,3 +376,37 @@ def _keep_fsdp_on_cpu(strategy: dict) -> None:
                 type='FullOptimStateDictConfig', **stay
             ),
         )
+
+
+def find_pictures(path: str) -> List[str]:
+    """The picture files that a path names: itself, or those in a folder.
+
+    Returns:
+        list[str]: sorted by name; never empty.
+
+    Raises:
+        InputError: if there is no such file or folder, or no picture in it.
+    """
+    if os.path.isdir(path):
+        found = [
+            os.path.join(path, name)
+            for name in sorted(os.listdir(path))
+            if name.lower().endswith(_PICTURES)
+        ]
+        if not found:
+            raise InputError(f'no pictures ({", ".join(_PICTURES)}) in {path}')
+        return found
+    if not os.path.isfile(path):
+        raise InputError(f'there is no picture or folder {path}')
+    return [path]
+
+
+_PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
+
+
+def check_picture(path: str) -> None:
+    """Raise an InputError if a file cannot be decoded as a picture."""
+    with open(path, 'rb') as file:
+        data = np.frombuffer(file.read(), np.uint8)
+    if not data.size or cv2.imdecode(data, cv2.IMREAD_COLOR) is None:
+        raise InputError(f'{path} is damaged or no picture')

@@ -13,6 +13,7 @@ from ..ops import (
     batch_channel_norm,
     check_num_groups,
     default_num_groups,
+    exporting,
     inside_backward,
 )
 from .layouts import (
@@ -249,7 +250,8 @@ class BCN(nn.GroupNorm):
 
     def _level(self, x: Tensor) -> int:
         """Which level this call is for; see the class's docstring."""
-        size = x.shape[2:].numel()
+        # what is recorded for other sizes goes by the number of calls alone
+        size = 0 if exporting() else x.shape[2:].numel()
         if inside_backward():  # recomputed, in whatever order
             return self._sizes.index(size) if size in self._sizes else 0
         if len(self._sizes) == self.num_levels or (

@@ -1,7 +1,10 @@
 """Functions of tensors; imports torch only."""
 
+from .affine import exporting
 from .batch_channel_norm import (
     RecentEstimates,
+    affine_group_norm,
+    batch_affine,
     batch_channel_norm,
     check_num_groups,
     default_num_groups,
@@ -12,10 +15,13 @@ from .weight_standardization import DIALECTS, check_dialect, standardize_weight
 __all__ = [
     'DIALECTS',
     'RecentEstimates',
+    'affine_group_norm',
+    'batch_affine',
     'batch_channel_norm',
     'check_dialect',
     'check_num_groups',
     'default_num_groups',
+    'exporting',
     'inside_backward',
     'standardize_weight',
 ]

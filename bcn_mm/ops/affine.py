@@ -27,6 +27,17 @@ _PORTION = 1 << 18
 _SHORT_ROW = 1 << 12
 
 
+def exporting() -> bool:
+    """Whether the calls are being recorded for another runtime.
+
+    By ``torch.jit.trace``, ``torch.export`` or ``torch.onnx``, that is. What
+    is recorded must consist of plain operators and hold for other inputs too,
+    so it can neither look at values nor take the native shortcuts.
+    """
+    recording = getattr(torch.compiler, 'is_exporting', bool)  # torch >= 2.7
+    return torch.jit.is_tracing() or recording()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics: float64 for float64 input, else float32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

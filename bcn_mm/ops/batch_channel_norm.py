@@ -372,6 +372,9 @@ def batch_channel_norm(
         >>> y.shape, bool((mean != 0).all())
         (torch.Size([1, 6, 4, 4]), True)
     """
+    affines = batch_weight, batch_bias, weight, bias
+    if not training and affine.exporting():
+        return _plain(x, num_groups, running_mean, running_var, *affines, eps)
     if not 2 <= x.dim() <= 5:
         raise ValueError(
             f'expected an input of 2 to 5 dimensions (N, C, '
@@ -383,7 +386,6 @@ def batch_channel_norm(
             f'an input of shape {tuple(x.shape)}'
         )
     check_num_groups(num_groups, x.shape[1])
-    affines = batch_weight, batch_bias, weight, bias
     if not training:
         group = None
     if x.numel() == 0 and group is None:
@@ -412,6 +414,82 @@ def batch_channel_norm(
         if x.numel() == 0:
             return torch.empty_like(x)
         return _normalize(x, *affines, *statistics[:4], num_groups, eps)
+
+
+def _plain(
+    x, num_groups, running_mean, running_var, batch_weight, batch_bias,
+    weight, bias, eps,
+) -> Tensor:  # fmt: skip
+    """Evaluation as an affine and a group norm, for every other runtime."""
+    dtype = affine.compute_dtype(x)
+    z, mean, var, batch_weight, batch_bias, weight, bias = _to(
+        dtype, x, running_mean, running_var, batch_weight, batch_bias, weight,
+        bias,
+    )  # fmt: skip
+    scale, shift = batch_affine(mean, var, batch_weight, batch_bias, eps)
+    if weight is not None:  # one pair per channel, without reading a size
+        grouped = scale.view(num_groups, -1)
+        weight, bias = (
+            t.view(-1, 1).expand_as(grouped).flatten() for t in (weight, bias)
+        )
+    y = affine_group_norm(z, num_groups, scale, shift, weight, bias, eps)
+    return _to(x.dtype, y)[0]
+
+
+def batch_affine(
+    running_mean: Tensor,
+    running_var: Tensor,
+    batch_weight: Optional[Tensor],
+    batch_bias: Optional[Tensor],
+    eps: float,
+) -> Tuple[Tensor, Tensor]:
+    """What the batch stage does in evaluation, ``z = scale x + shift``.
+
+    Args:
+        running_mean (Tensor): (C) or (levels, C), as all that follow.
+        running_var (Tensor): likewise.
+        batch_weight (Tensor, optional): (C).
+        batch_bias (Tensor, optional): (C).
+        eps (float): Of the batch stage.
+
+    Returns:
+        tuple[Tensor, Tensor]: scale and shift, of the shape of
+        ``running_mean``.
+    """
+    scale = (running_var + eps).rsqrt()
+    if batch_weight is not None:
+        scale = scale * batch_weight
+    shift = -running_mean * scale
+    return scale, shift if batch_bias is None else shift + batch_bias
+
+
+def affine_group_norm(
+    x: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+) -> Tensor:
+    """The group norm of ``scale x + shift``, in two plain operators.
+
+    Args:
+        x (Tensor): (N, C, *spatial).
+        num_groups (int): A divisor of C.
+        scale (Tensor): (C).
+        shift (Tensor): (C).
+        weight (Tensor, optional): (C), the affine pair of the group norm.
+        bias (Tensor, optional): (C).
+        eps (float): Of the group norm.
+
+    Returns:
+        Tensor: of the shape of ``x``.
+    """
+    per_channel = (-1,) + (1,) * (x.dim() - 2)
+    z = x * scale.view(per_channel) + shift.view(per_channel)
+    # not F.group_norm, which refuses a single value per group
+    return torch.group_norm(z, num_groups, weight, bias, eps)
 
 
 @torch.library.custom_op('bcn_mm::snapshot', mutates_args=())

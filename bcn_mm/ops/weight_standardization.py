@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .affine import exporting
+
 _aten = torch.ops.aten
 
 #: The divisor of each dialect, over the K = in/groups * prod(kernel) weights
@@ -119,6 +121,8 @@ def standardize_weight(
         tensor(True)
     """
     check_dialect(dialect)
+    if exporting():
+        return _plain(weight, eps, dialect)
     if weight.numel() and weight[0].numel() < 2:
         raise ValueError(
             f'weight standardization needs two or more weights per filter, '
@@ -127,3 +131,14 @@ def standardize_weight(
     # statistics of low precision weights in float32
     work = weight if weight.dtype == torch.float64 else weight.float()
     return _StandardizeWeight.apply(work, eps, dialect).to(weight.dtype)
+
+
+def _plain(weight: Tensor, eps: float, dialect: str) -> Tensor:
+    """In plain operators, for every other runtime."""
+    unbiased, under_root = DIALECTS[dialect]
+    work = weight if weight.dtype == torch.float64 else weight.float()
+    flat = work.flatten(1)
+    centred = flat - flat.mean(1, keepdim=True)
+    var = flat.var(1, correction=int(unbiased), keepdim=True)
+    divisor = (var + eps).sqrt() if under_root else var.sqrt() + eps
+    return (centred / divisor).view_as(weight).to(weight.dtype)
