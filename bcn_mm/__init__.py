@@ -6,6 +6,7 @@ scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 
 from .checkpoint import extend_mmengine
 from .hooks import SyncEstimatesHook
+from .hub import get_config, get_model, list_models
 from .layers import (
     BCN,
     SyncBCN,
@@ -32,6 +33,9 @@ __all__ = [
     '__version__',
     'average_estimates',
     'convert_sync_bcn',
+    'get_config',
+    'get_model',
+    'list_models',
     'replace_norms',
     'revert_sync_bcn',
 ]

@@ -52,6 +52,8 @@ _METADATA = {
 
 
 EXPORTERS = ('dynamo', 'trace')
+#: Why the batch stage of a norm stays that the watched pass did not use.
+UNUSED = 'nothing passed through it'
 
 
 class Folding(NamedTuple):
@@ -288,7 +290,7 @@ def _partner(norm: BCN, watch: _Watch) -> Sequence[Any]:
     """The convolution that a norm folds into, or None and the reason."""
     sources = watch.sources.get(norm)
     if not sources:
-        return None, 'nothing passed through it'
+        return None, UNUSED
     if norm._forward_pre_hooks:
         return None, 'it has hooks'
     if norm.num_levels > 1:
@@ -481,7 +483,7 @@ def largest_difference(results: Any, references: Any) -> float:
         if b.numel() == 0:
             continue
         a, b = a.double(), b.double()
-        difference = ((a - b).abs().max() / b.abs().max().clamp_min(1e-30))
+        difference = (a - b).abs().max() / b.abs().max().clamp_min(1e-30)
         if not difference.isfinite():
             return float('inf')
         worst = max(worst, difference.item())

@@ -9,6 +9,7 @@ computes the same of real pictures as PyTorch, or nothing is written.
 
 import argparse
 import copy
+import logging
 import os
 import tempfile
 import warnings
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from bcn_mm.export import (
     EXPORTERS,
+    UNUSED,
     Deployed,
     Folding,
     export_onnx,
@@ -74,7 +76,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--images',
         metavar='PATH',
-        help="a picture or a folder of them, for the check (default: the "
+        help='a picture or a folder of them, for the check (default: the '
         "config's test set)",
     )
     parser.add_argument(
@@ -190,13 +192,14 @@ def preprocessed(
         yield batch['inputs']
 
 
-def summary(report: List[Folding], inside: str) -> str:
-    norms = [f for f in report if f.norm and f.norm.startswith(inside)]
+def summary(report: List[Folding]) -> str:
+    """What was folded of what is exported."""
+    norms = [f for f in report if f.norm and f.note != UNUSED]
     kept = [f for f in norms if not f.conv]
-    text = f'folded {len(norms) - len(kept)} of {len(norms)} norms'
+    text = f'folded {len(norms) - len(kept)} of {len(norms)} norms, '
     if kept:
-        text += f' (kept as an affine: {kept[0].norm}, {kept[0].note}'
-        text += f', and {len(kept) - 1} more)' if len(kept) > 1 else ')'
+        text += f'kept an affine before the others ({kept[0].norm}: '
+        text += f'{kept[0].note}), '
     return text
 
 
@@ -204,11 +207,12 @@ def main() -> None:
     args = parse_args()
     # torch's exporters and mmdet have much to say about what is traced
     warnings.simplefilter('ignore')
+    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     console = Console()
     with one_line_errors():
         check_arguments(args)
         cfg = load_config(args)
-        MMLogger.get_current_instance().setLevel('WARNING')
+        MMLogger.get_current_instance().setLevel('ERROR')
         model = build(cfg, args.checkpoint)
         deployed = Deployed(model, args.part)
         files = find_pictures(args.images or test_pictures(cfg))[: args.count]
@@ -224,8 +228,7 @@ def main() -> None:
             report = []
             with console.status('folding'):
                 written = fold(deployed, example, report=report)
-            seen = 'model.' if args.part == 'backbone' else ''
-            text = summary(report, seen) + ', '
+            text = summary(report)
         folder = os.path.dirname(os.path.abspath(args.out))
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory('.part', dir=folder) as draft:
