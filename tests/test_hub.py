@@ -28,8 +28,8 @@ def test_model():
         'deeplabv3_r18-d8_bcn-ws_shapes', {'model.backbone.base_channels': 16}
     )
     assert type(model).__name__ == 'EncoderDecoder'
-    assert model.backbone.conv1.out_channels == 16
-    assert isinstance(model.backbone.bn1, bcn_mm.BCN)
+    assert model.backbone.layer1[0].conv1.out_channels == 16
+    assert isinstance(model.backbone.layer1[0].bn1, bcn_mm.BCN)
 
 
 def test_unknown_name():

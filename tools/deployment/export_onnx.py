@@ -148,7 +148,8 @@ def build(cfg: Config, checkpoint: str = None) -> nn.Module:
     if state is not None:
         check_match(model, state, checkpoint)
         model.load_state_dict(state['state_dict'])
-    return model.eval()
+    model.eval()
+    return model
 
 
 def test_pictures(cfg: Config) -> str:
