@@ -60,7 +60,8 @@ setup(
     extras_require=dict(
         mm=requirements('mminstall'),
         imagenet=requirements('imagenet'),
-        tests=requirements('tests'),
+        export=requirements('export'),
+        tests=requirements('tests') + requirements('export'),
     ),
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

@@ -2,6 +2,7 @@ import contextlib
 import enum
 import importlib
 import os
+import runpy
 import subprocess
 import sys
 import types
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from mmengine.logging import MMLogger
 
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
 
@@ -116,3 +118,22 @@ def import_mmpretrain():
     with torchvision_or_stand_in():
         for part in ('models', 'datasets', 'evaluation', 'visualization'):
             importlib.import_module(f'mmpretrain.{part}')
+
+
+@pytest.fixture
+def refused(capsys, monkeypatch):
+    """Run a tool in this process; its one line of complaint."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+
+    def call(tool, *words):
+        monkeypatch.setattr(sys, 'argv', [tool, *map(str, words)])
+        monkeypatch.syspath_prepend(str((ROOT / tool).parent))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(ROOT / tool), run_name='__main__')
+        assert end.value.code == 1
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        return line
+
+    yield call
+    logger.setLevel(level)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_deployment import DET, SEG, refused  # noqa: F401  a fixture
 
 import bcn_mm
 
 TOOL = 'tools/demo/image_demo.py'
+DET = 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py'
+SEG = 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py'
 CONFIGS = {
     'det': ('mask-rcnn_r18_bcn-ws_shapes', DET),
     'seg': ('deeplabv3_r18-d8_bcn-ws_shapes', SEG),
@@ -91,7 +92,7 @@ BAD = {
 
 
 @pytest.mark.parametrize('words, message', BAD.values(), ids=BAD)
-def test_bad_input(words, message, refused, tmp_path):  # noqa: F811
+def test_bad_input(words, message, refused, tmp_path):
     picture = tmp_path / 'picture.png'
     Image.new('RGB', (32, 32)).save(picture)
     words = [picture if word == 'PICTURE' else word for word in words]
@@ -102,7 +103,7 @@ def test_bad_input(words, message, refused, tmp_path):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_another_architecture(checkpoint, tmp_path, refused):  # noqa: F811
+def test_another_architecture(checkpoint, tmp_path, refused):
     task, config, weights = checkpoint
     other = {'det': SEG, 'seg': DET}[task]
     picture = tmp_path / 'picture.png'

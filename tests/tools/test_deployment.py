@@ -1,13 +1,10 @@
 """tools/deployment/, as users run it."""
 
 import re
-import runpy
-import sys
 
 import pytest
 import torch
 from conftest import ROOT
-from mmengine.logging import MMLogger
 
 import bcn_mm
 
@@ -66,25 +63,6 @@ def test_segmenter(real_data, tmp_path, python, refused):
     assert 'more than --tolerance 1e-12; nothing was written' in line
     assert out.read_bytes() == written
     assert [f.name for f in tmp_path.iterdir()] == ['model.onnx']
-
-
-@pytest.fixture
-def refused(capsys, monkeypatch):
-    """Run a tool in this process; its one line of complaint."""
-    logger = MMLogger.get_current_instance()
-    level = logger.level
-
-    def call(tool, *words):
-        monkeypatch.setattr(sys, 'argv', [tool, *map(str, words)])
-        monkeypatch.syspath_prepend(str((ROOT / tool).parent))
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / tool), run_name='__main__')
-        assert end.value.code == 1
-        (line,) = capsys.readouterr().err.strip().splitlines()
-        return line
-
-    yield call
-    logger.setLevel(level)
 
 
 OUT = ['--out', 'none.onnx']
