@@ -48,8 +48,8 @@ from bcn_mm.runtime import InputError, one_line_errors
 
 PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation')
 # Height and width of the pictures for training steps; where the stock model
-# does not take the first, the next is tried.
-SHAPES = ((128, 160), (256, 256), (512, 512))
+# does not take the first, the next is tried, at last what the config says.
+SHAPES = ((128, 160), (256, 256), (512, 512), None)
 CANDIDATES = 2
 
 
@@ -304,6 +304,8 @@ def take_steps(model, batch) -> List[float]:
 def check_evaluation(model, batch) -> None:
     """It is the same twice, and changes nothing."""
     model.eval()
+    if isinstance(batch['inputs'], dict):  # branches of semi-supervision
+        batch = {key: branches['sup'] for key, branches in batch.items()}
     state = {k: v.clone() for k, v in model.state_dict().items()}
     outputs = []
     for _ in range(2):
@@ -326,6 +328,10 @@ def two_steps(names: List[str], ws: bool, timeout: int) -> dict:
             with quiet(name), limit(timeout):
                 try:
                     cfg = read(name)
+                    own = cfg.model.get('data_preprocessor', {}).get('size')
+                    shape = shape or own
+                    if shape is None:
+                        continue
                     stock = train(cfg, 2, shape)
                 except Exception as e:
                     result.setdefault('stock_error', describe(e))
