@@ -29,9 +29,10 @@ from typing import Callable, Dict, Iterable, List, Optional
 import torch
 from measuring import progress_bar, write_json
 from mmengine.config import Config
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import BaseDataElement
-from pictures import draw
+from pictures import dicts, draw
 from rich.console import Console
 from rich.table import Table
 
@@ -264,9 +265,17 @@ def train(cfg: Config, batch_size: int, shape) -> dict:
     preprocessor.pop('batch_augments', None)
     if preprocessor.get('size'):
         preprocessor.size = shape
+    # as the runner starts, but from random weights
+    for node in dicts(cfg.model):
+        node.pop('pretrained', None)
+        if 'checkpoint' in (node.get('init_cfg') or ()):
+            node.init_cfg = None
     with in_scope(cfg) as registry:
         model = build_model(cfg.model, registry, 'cpu')
+        model.init_weights()
         model = revert_sync_batchnorm(model).train()
+        if hasattr(model, 'set_epoch'):
+            model.set_epoch(0)
         batch = draw(cfg, batch_size, shape)
         layers = [m for m in model.modules() if isinstance(m, BCN)]
         start = [m.running_mean.clone() for m in layers]
@@ -348,6 +357,7 @@ def two_steps(names: List[str], ws: bool, timeout: int) -> dict:
 
 def prepare() -> None:
     torch.set_num_threads(1)
+    MMLogger.get_current_instance().setLevel('ERROR')
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is fetched
     # some norms ask for a process group when they are built
     torch.distributed.init_process_group(
