@@ -503,8 +503,10 @@ def _build(node, walk) -> nn.Module:
     """The converted model.
 
     Where a component is handed its norm by the one around it, it must not
-    have one in the config too: such are found out and left as they were.
+    have one in the config too: such are found out and left as they were. If
+    nothing helps, the reason is another, and all stays as it is.
     """
+    before = copy.deepcopy(node), dict(walk.norms), list(walk.changes)
     reason = None
     for path in [None, *sorted(walk.implicit, key=len, reverse=True)]:
         if path is not None:
@@ -514,6 +516,9 @@ def _build(node, walk) -> nn.Module:
                 return build_model(node, walk.registry, device)
             except Exception as e:
                 reason = reason or e
+    node.clear()
+    node.update(before[0])
+    walk.norms, walk.changes = before[1:]
     raise reason
 
 
