@@ -27,6 +27,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .layers import BCN, is_replaceable
+from .runtime import read_checkpoint
 
 # What takes the place of a convolution with --ws; others have no standardized
 # counterpart and are left alone.
@@ -415,8 +416,7 @@ def _start_from(node, path, pretrained, walk) -> None:
         raise ValueError('pretrained: the model has no backbone')
     init_cfg = ConfigDict(type='Pretrained', checkpoint=pretrained)
     if osp.isfile(pretrained):
-        state = torch.load(pretrained, map_location='cpu', weights_only=True)
-        state = state.get('state_dict', state)
+        state = read_checkpoint(pretrained)['state_dict']
         if any(key.startswith('backbone.') for key in state):
             init_cfg.prefix = 'backbone.'
     walk.set(node.backbone, 'init_cfg', init_cfg, f'{path}.backbone')
@@ -511,11 +511,10 @@ def _build(node, walk) -> nn.Module:
     for path in [None, *sorted(walk.implicit, key=len, reverse=True)]:
         if path is not None:
             walk.undo(path)
-        for device in ('meta', 'cpu'):
-            try:
-                return build_model(node, walk.registry, device)
-            except Exception as e:
-                reason = reason or e
+        try:
+            return build_model(node, walk.registry)
+        except Exception as e:
+            reason = reason or e
     node.clear()
     node.update(before[0])
     walk.norms, walk.changes = before[1:]
@@ -602,15 +601,23 @@ def _separate_levels(node, path, walk) -> None:
                        'but not all by pyramid levels alike')  # fmt: skip
 
 
-def build_model(node: dict, registry, device: str = 'meta') -> nn.Module:
+def build_model(
+    node: dict, registry, device: Optional[str] = None
+) -> nn.Module:
     """A model from its config alone: no checkpoint is read.
 
     Args:
         node (dict): The model's config, left as it is.
         registry (Registry): See :func:`in_scope`.
-        device (str): ``'meta'`` takes neither time nor memory, but some
-            models cannot be built there. Default: ``'meta'``.
+        device (str, optional): Default: None, ``'meta'``, which takes
+            neither time nor memory, or the CPU for models that cannot be
+            built there.
     """
+    if device is None:
+        try:
+            return build_model(node, registry, 'meta')
+        except Exception:
+            device = 'cpu'
     with torch.device(device), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         return registry.build(copy.deepcopy(node))
@@ -659,6 +666,7 @@ def _sizes_seen(node: dict, registry) -> Dict[str, List[int]]:
 
 
 def describe(error: Exception) -> str:
+    """An error in one line, its type first."""
     text = ' '.join(str(error).split())
     return f'{type(error).__name__}: {text}'
 

@@ -60,7 +60,7 @@ def wrapped(state):
     return dict(epoch=90, state_dict=state, optimizer=dict(state={}))
 
 
-def close(got, want, tolerance=1e-8):
+def assert_close(got, want, tolerance=1e-8):
     assert len(got) == len(want)
     for a, b in zip(got, want):
         assert a.shape == b.shape and a.abs().max() > 0.1
@@ -100,7 +100,7 @@ def test_resnet50(rn50, tmp_path):
     net.init_cfg = dict(type='Pretrained', checkpoint=str(path))
     net.init_weights()
     with torch.no_grad():
-        close(net(x), want)
+        assert_close(net(x), want)
     assert made.meta['ws_dialect'] == 'var'
     assert from_authors(state).meta == made.meta
     # the file knows its dialect
@@ -117,7 +117,7 @@ def test_authors_file_as_init_cfg(rn50, log):
     net.init_cfg = dict(type='Pretrained', checkpoint=str(path))
     net.init_weights()
     with torch.no_grad():
-        close(net(x), want)
+        assert_close(net(x), want)
     assert sum("authors' layout" in line for line in log) == 1
     assert sum('does not say its dialect' in line for line in log) == 1
     (left,) = [line for line in log if 'unexpected' in line]
@@ -135,7 +135,7 @@ def test_resnext50():
     assert not missing and unexpected == ['fc.weight', 'fc.bias']
     x = torch.randn(1, 3, 64, 64, dtype=torch.double)
     with torch.no_grad():
-        close(ours(x), net(x))
+        assert_close(ours(x), net(x))
 
 
 def mmseg_model(**edits):
@@ -161,7 +161,7 @@ def test_deeplab():
     ours.load_state_dict(made.state)
     with torch.no_grad():
         logits = ours.encode_decode(x, [dict(img_shape=x.shape[2:])])
-        close([ours.decode_head(ours.backbone(x)), logits], want)
+        assert_close([ours.decode_head(ours.backbone(x)), logits], want)
 
 
 @pytest.mark.parametrize('dialect', ['std', 'var', 'biased_var', 'none'])
@@ -190,7 +190,7 @@ def test_deeplab_joining_convolution(dialect):
     model.load_state_dict(made.state)
     x = torch.randn(2, 512, 7, 9, dtype=torch.double)
     with torch.no_grad():
-        close([model.decode_head([None] * 3 + [x])], [head(x)], 1e-9)
+        assert_close([model.decode_head([None] * 3 + [x])], [head(x)], 1e-9)
 
 
 # -- and back -----------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
     ).double()  # fmt: skip
     monkeypatch.setattr(BCN, 'forward', batch_stage_only)
     with torch.no_grad():
-        close(net(x), bn(x), 1e-6)
+        assert_close(net(x), bn(x), 1e-6)
 
 
 def test_ws_model_says_that_batch_norm_weights_are_not_its_own(tmp_path, log):

@@ -166,15 +166,14 @@ def test_fsdp(pair, shapes, tmp_path, python):
 
 def test_uneven_data(shapes, tmp_path):
     """Ranks that would wait for each other say so, and end."""
-    begun = time.time()
     done = run(
         'bash', 'tools/dist_train.sh', dumping_ranks(tmp_path), 2,
         '--work-dir', tmp_path, *OPTIONS,
         'train_dataloader.sampler.type=UnevenSampler',
-        'model.backbone.norm_cfg.type=SyncBCN', timeout=200,
+        'model.backbone.norm_cfg.type=SyncBCN', timeout=120,
         **environment(shapes),
     )  # fmt: skip
-    assert done.returncode != 0 and time.time() - begun < 120
+    assert done.returncode != 0
     message = r'ranks have different numbers of batches \(\[6, 5\]\)'
     assert re.search(message, done.stdout), done.stdout[-3000:]
     assert not checkpoints(tmp_path)

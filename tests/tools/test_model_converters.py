@@ -292,7 +292,7 @@ BAD_REVERSE = {
 }
 
 
-def fails(tool, capsys, words, message):
+def assert_fails(tool, capsys, words, message):
     """One line, exit status 1."""
     with pytest.raises(SystemExit) as end:
         tool.main([str(word) for word in words])
@@ -304,8 +304,8 @@ def fails(tool, capsys, words, message):
     return line
 
 
-def refuses(tool, capsys, tmp_path, words, message, target='b.pth'):
-    line = fails(
+def assert_refuses(tool, capsys, tmp_path, words, message, target='b.pth'):
+    line = assert_fails(
         tool, capsys, [tmp_path / 'a.pth', tmp_path / target, *words], message
     )
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
@@ -319,14 +319,14 @@ def test_malformed(change, message, tool, rn18, tmp_path, capsys):
     state = rn18.copy()
     change(state)
     torch.save(dict(state_dict=state), tmp_path / 'a.pth')
-    line = refuses(tool, capsys, tmp_path, [], f'a.pth: ({message})')
+    line = assert_refuses(tool, capsys, tmp_path, [], f'a.pth: ({message})')
     assert len(line) < 300
 
 
 @pytest.mark.parametrize('words, message', BAD_WORDS.values(), ids=BAD_WORDS)
 def test_bad_words(words, message, tool, rn18, tmp_path, capsys):
     torch.save(rn18, tmp_path / 'a.pth')
-    refuses(tool, capsys, tmp_path, words, message)
+    assert_refuses(tool, capsys, tmp_path, words, message)
 
 
 @pytest.mark.parametrize(
@@ -336,13 +336,13 @@ def test_malformed_reverse(change, message, tool, mm18, tmp_path, capsys):
     state = mm18.copy()
     change(state)
     torch.save(state, tmp_path / 'a.pth')
-    refuses(tool, capsys, tmp_path, ['--reverse'], message)
+    assert_refuses(tool, capsys, tmp_path, ['--reverse'], message)
 
 
 def test_bad_inner(tool, mm18, tmp_path, capsys):
     torch.save(mm18, tmp_path / 'a.pth')
     words = ['--reverse', '--inner', 'sbn']
-    refuses(tool, capsys, tmp_path, words, "but got 'sbn'")
+    assert_refuses(tool, capsys, tmp_path, words, "but got 'sbn'")
 
 
 BAD_FILES = {
@@ -359,7 +359,7 @@ def test_damaged_file(cut, message, tool, rn18, tmp_path, capsys):
     path = tmp_path / 'a.pth'
     torch.save(rn18, path)
     path.write_bytes(cut(path.read_bytes()))
-    refuses(tool, capsys, tmp_path, [], f'a.pth is.*({message})')
+    assert_refuses(tool, capsys, tmp_path, [], f'a.pth is.*({message})')
 
 
 BAD_CONTENTS = {
@@ -380,18 +380,18 @@ BAD_CONTENTS = {
 )
 def test_other_contents(value, message, tool, tmp_path, capsys):
     torch.save(value, tmp_path / 'a.pth')
-    refuses(tool, capsys, tmp_path, [], f'a.pth.*{message}')
+    assert_refuses(tool, capsys, tmp_path, [], f'a.pth.*{message}')
 
 
 def test_bad_paths(tool, rn18, tmp_path, capsys):
     path = tmp_path / 'a.pth'
-    fails(tool, capsys, [path, tmp_path / 'b'], 'a.pth does not exist')
-    fails(tool, capsys, [tmp_path, tmp_path / 'b'], 'does not exist')
+    assert_fails(tool, capsys, [path, tmp_path / 'b'], 'a.pth does not exist')
+    assert_fails(tool, capsys, [tmp_path, tmp_path / 'b'], 'does not exist')
     torch.save(rn18, path)
     data = path.read_bytes()
-    refuses(tool, capsys, tmp_path, [], 'another file', target='a.pth')
-    refuses(tool, capsys, tmp_path, [], 'is a folder', target='')
-    fails(tool, capsys, [path, path / 'b.pth'], 'a.pth')
+    assert_refuses(tool, capsys, tmp_path, [], 'another file', target='a.pth')
+    assert_refuses(tool, capsys, tmp_path, [], 'is a folder', target='')
+    assert_fails(tool, capsys, [path, path / 'b.pth'], 'a.pth')
     assert path.read_bytes() == data
 
 
@@ -406,7 +406,7 @@ def test_a_failure_while_writing_leaves_what_was(
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(tool.torch, 'save', full)
-    fails(tool, capsys, [source, target], 'No space left')
+    assert_fails(tool, capsys, [source, target], 'No space left')
     assert target.read_text() == 'before'
     assert {p.name for p in tmp_path.iterdir()} == {'a.pth', 'b.pth'}
 
@@ -439,4 +439,4 @@ def test_generic_names(tool, tmp_path, capsys):
         if value is None:
             del broken[name]
         torch.save(broken, path)
-        refuses(tool, capsys, tmp_path, [], f'{name} .*{message}')
+        assert_refuses(tool, capsys, tmp_path, [], f'{name} .*{message}')

@@ -171,10 +171,7 @@ def read(name: str) -> Config:
 def build(cfg: Config) -> torch.nn.Module:
     """The model of a config, without values where that is possible."""
     with in_scope(cfg) as registry:
-        try:
-            return build_model(cfg.model, registry, 'meta')
-        except Exception:
-            return build_model(cfg.model, registry, 'cpu')
+        return build_model(cfg.model, registry)
 
 
 def counts(model: torch.nn.Module) -> Dict[str, int]:

@@ -87,10 +87,7 @@ def parse_args() -> argparse.Namespace:
 def norms_left(cfg: Config, only: Optional[Sequence[str]]) -> List[Change]:
     """What the conversion did not reach, one entry per part and kind."""
     with in_scope(cfg) as registry:
-        try:
-            model = build_model(cfg.model, registry, 'meta')
-        except Exception:
-            model = build_model(cfg.model, registry, 'cpu')
+        model = build_model(cfg.model, registry)
     rows = []
     for kind, names in leftovers(model).items():
         for part, count in Counter(n.split('.')[0] for n in names).items():
