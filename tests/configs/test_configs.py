@@ -393,7 +393,9 @@ def test_model_index():
 
 
 def test_model_index_as_mim_reads_it():
-    modelindex = pytest.importorskip('modelindex.load_model_index')
+    modelindex = pytest.importorskip(
+        'modelindex.load_model_index', reason='modelindex is not installed'
+    )
     index = modelindex.load(str(ROOT / 'model-index.yml'))
     index.build_models_with_collections()
     assert len(index.models) == len(RECIPES)

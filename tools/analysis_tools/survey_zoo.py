@@ -29,7 +29,7 @@ from typing import Callable, Dict, Iterable, List, Optional
 import torch
 from measuring import progress_bar, write_json
 from mmengine.config import Config
-from mmengine.logging import MMLogger
+from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import BaseDataElement
 from pictures import dicts, draw
@@ -271,8 +271,6 @@ def train(cfg: Config, batch_size: int, shape) -> dict:
         model = build_model(cfg.model, registry, 'cpu')
         model.init_weights()
         model = revert_sync_batchnorm(model).train()
-        if hasattr(model, 'set_epoch'):
-            model.set_epoch(0)
         batch = draw(cfg, batch_size, shape)
         layers = [m for m in model.modules() if isinstance(m, BCN)]
         start = [m.running_mean.clone() for m in layers]
@@ -356,6 +354,8 @@ def prepare() -> None:
     torch.set_num_threads(1)
     MMLogger.get_current_instance().setLevel('ERROR')
     os.environ['HF_HUB_OFFLINE'] = '1'  # nothing is fetched
+    # where models look the epoch up
+    MessageHub.get_current_instance().update_info('epoch', 0)
     # some norms ask for a process group when they are built
     torch.distributed.init_process_group(
         'gloo', store=torch.distributed.HashStore(), rank=0, world_size=1
