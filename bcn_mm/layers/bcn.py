@@ -12,6 +12,7 @@ from ..ops import (
     RecentEstimates,
     batch_channel_norm,
     check_num_groups,
+    check_start,
     default_num_groups,
     exporting,
     inside_backward,
@@ -81,6 +82,10 @@ class BCN(nn.GroupNorm):
             move; None for the cumulative average. Default: 0.01, at which
             an estimate is a mean over some hundred passes: with one image
             in each, a larger rate makes it noisy.
+        start (str): How estimates begin: ``'identity'``, at 0 and 1;
+            ``'first'``, with the first pass; ``'average'``, as the average of
+            all passes until 1 / n falls below ``momentum`` (see
+            :func:`bcn_mm.ops.batch_channel_norm`). Default: ``'identity'``.
         affine (bool): Whether both stages have learnable affine parameters.
             Default: True.
         estimate (bool): Whether the batch stage uses running estimates in
@@ -128,6 +133,7 @@ class BCN(nn.GroupNorm):
         num_groups: Optional[int] = None,
         eps: float = 1e-5,
         momentum: Optional[float] = 0.01,
+        start: str = 'identity',
         affine: bool = True,
         estimate: bool = True,
         num_levels: int = 1,
@@ -154,12 +160,14 @@ class BCN(nn.GroupNorm):
             raise ValueError(
                 f'momentum must be in [0, 1] or None, but got {momentum}'
             )
+        check_start(start)
         if not eps > 0:
             raise ValueError(f'eps must be positive, but got {eps}')
         if num_levels < 1:
             raise ValueError(f'num_levels must be positive, got {num_levels}')
         super().__init__(num_groups, num_features, eps=eps, affine=False)
         self.momentum = momentum
+        self.start = start
         self.estimate = estimate
         self.num_levels = num_levels
         self.sync = sync
@@ -242,6 +250,7 @@ class BCN(nn.GroupNorm):
             training=self.training,
             estimate=self.estimate,
             momentum=self.momentum,
+            start=self.start,
             eps=self.eps,
             num_batches_tracked=passes,
             recent=self._recent,
@@ -276,8 +285,9 @@ class BCN(nn.GroupNorm):
         return (
             f'{self.num_channels}, num_groups={self.num_groups}, '
             f'eps={self.eps}, momentum={self.momentum}, '
-            f'affine={self.affine}, estimate={self.estimate}, '
-            f'num_levels={self.num_levels}, sync={self.sync}'
+            f'start={self.start!r}, affine={self.affine}, '
+            f'estimate={self.estimate}, num_levels={self.num_levels}, '
+            f'sync={self.sync}'
         )
 
     def _load_from_state_dict(

@@ -2,11 +2,13 @@
 
 from .affine import exporting
 from .batch_channel_norm import (
+    STARTS,
     RecentEstimates,
     affine_group_norm,
     batch_affine,
     batch_channel_norm,
     check_num_groups,
+    check_start,
     default_num_groups,
     inside_backward,
 )
@@ -14,12 +16,14 @@ from .weight_standardization import DIALECTS, check_dialect, standardize_weight
 
 __all__ = [
     'DIALECTS',
+    'STARTS',
     'RecentEstimates',
     'affine_group_norm',
     'batch_affine',
     'batch_channel_norm',
     'check_dialect',
     'check_num_groups',
+    'check_start',
     'default_num_groups',
     'exporting',
     'inside_backward',

@@ -9,7 +9,7 @@ kept for the backward pass.
 
 from collections import deque
 from contextlib import nullcontext
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import affine
+
+#: How estimates begin: see ``start`` of :func:`batch_channel_norm`.
+STARTS = ('identity', 'first', 'average')
 
 
 def default_num_groups(num_channels: int) -> int:
@@ -82,24 +85,48 @@ class RecentEstimates:
         return tuple(e.index_select(0, nearest)[0] for e in estimates)
 
 
+def check_start(start: str) -> None:
+    """Raise a ValueError unless ``start`` is one of :data:`STARTS`."""
+    if start not in STARTS:
+        raise ValueError(
+            f'start must be one of {", ".join(STARTS)}, but got {start!r}'
+        )
+
+
+def _rate(
+    momentum: Optional[float], start: str, passes: Optional[Tensor], dtype
+) -> Tuple[Union[float, Tensor], Optional[Tensor]]:
+    """How far the estimates move in this pass, the ``passes``-th.
+
+    Returns:
+        tuple: the rate, and the same where it is above ``momentum`` and 0
+        elsewhere, or None where it never is.
+    """
+    if momentum is not None and start == 'identity':
+        return momentum, None
+    if passes is None:
+        raise ValueError(
+            f'momentum={momentum} with start={start!r} needs '
+            f'num_batches_tracked'
+        )
+    if momentum is None:
+        rate = passes.to(dtype).reciprocal()
+        return rate, rate
+    if start == 'average':
+        rate = passes.to(dtype).reciprocal().clamp_min(momentum)
+    else:
+        rate = (passes == 1).to(dtype).clamp_min(momentum)
+    return rate, rate * (rate > momentum)
+
+
 def _update(
     running_mean: Tensor,
     running_var: Tensor,
-    num_batches_tracked: Optional[Tensor],
     batch_mean: Tensor,
     batch_var: Tensor,
-    momentum: Optional[float],
+    rate: Union[float, Tensor],
 ) -> None:
     """Move the estimates in place, channels with non-finite news excepted."""
-    if num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-    if momentum is None:
-        if num_batches_tracked is None:
-            raise ValueError(
-                'momentum=None, the cumulative average, needs '
-                'num_batches_tracked'
-            )
-        momentum = num_batches_tracked.to(running_mean.dtype).reciprocal()
     # the variance is of values about a mean: finite only if that is
     finite = batch_var < float('inf')
     if running_mean.dtype != batch_mean.dtype:
@@ -111,7 +138,7 @@ def _update(
         (running_mean, batch_mean),
         (running_var, batch_var),
     ):
-        running.lerp_(torch.where(finite, news, running), momentum)
+        running.lerp_(torch.where(finite, news, running), rate)
 
 
 class _Stages(NamedTuple):
@@ -293,6 +320,7 @@ def batch_channel_norm(
     training: bool = False,
     estimate: bool = True,
     momentum: Optional[float] = 0.01,
+    start: str = 'identity',
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
     recent: Optional[RecentEstimates] = None,
@@ -339,6 +367,14 @@ def batch_channel_norm(
         estimate (bool): Which batch stage. Default: True.
         momentum (float, optional): The update rate r in [0, 1]; None for the
             cumulative average of all passes. Default: 0.01.
+        start (str): How estimates begin. ``'identity'``, as in the paper's
+            code: at whatever they hold, 0 and 1 in a new layer. ``'first'``:
+            the first pass replaces them. ``'average'``: they are the average
+            of all passes until 1 / n, n being their number, falls below r.
+            While the rate is above r, the variance becomes that of the
+            mixture of old and new, :math:`r^2 (\text{mean}_n m -
+            \hat\mu_{\text{old}})^2` less than above; likewise with
+            ``momentum=None``. Default: ``'identity'``.
         eps (float): :math:`\epsilon` of both stages. Default: 1e-5.
         num_batches_tracked (Tensor, optional): An integer scalar, counts the
             training passes.
@@ -402,7 +438,7 @@ def batch_channel_norm(
         with torch.no_grad():
             statistics = _statistics(
                 x, running_mean, running_var, num_batches_tracked, training,
-                estimate, momentum, eps, repeats, memory, group,
+                estimate, momentum, start, eps, repeats, memory, group,
             )  # fmt: skip
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affines)
@@ -507,7 +543,7 @@ _snapshot.register_fake(torch.empty_like)
 
 def _statistics(
     x, running_mean, running_var, num_batches_tracked, training, estimate,
-    momentum, eps, repeats, memory, group,
+    momentum, start, eps, repeats, memory, group,
 ) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:  # fmt: skip
     """The moments of ``x``, and what the batch stage needs.
 
@@ -556,14 +592,17 @@ def _statistics(
                 news = batch_var * (values / max(values - 1, 1))
             else:
                 news = batch_var * (count / (count - 1).clamp_min(1))
-        _update(
-            running_mean,
-            running_var,
-            num_batches_tracked,
-            batch_mean,
-            news,
-            momentum,
+        if num_batches_tracked is not None:
+            num_batches_tracked.add_(1)
+        rate, large = _rate(
+            momentum, start, num_batches_tracked, running_mean.dtype
         )
+        if estimate and large is not None:
+            # at a rate that is not small, the variance of what the estimates
+            # are a mean of
+            old = (batch_mean - running_mean).square_()
+            news = torch.addcmul(news, large, old, value=-1)
+        _update(running_mean, running_var, batch_mean, news, rate)
     if estimate:
         statistics = running()
         if memory is not None:
