@@ -1,5 +1,6 @@
 """The Batch-Channel Normalization layer."""
 
+import math
 import warnings
 from typing import Optional
 
@@ -303,6 +304,7 @@ class BCN(nn.GroupNorm):
         layout = self._adopt(state_dict, prefix)
         if layout:
             loading.norm(missing_keys, layout)
+        self._give_age(state_dict, prefix)
         self._spread_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict,
@@ -313,6 +315,19 @@ class BCN(nn.GroupNorm):
             unexpected_keys,
             error_msgs,
         )
+
+    def _give_age(self, state_dict, prefix) -> None:
+        """Let estimates of unknown age be moved, not replaced, by ``start``.
+
+        Many checkpoints of BatchNorm do not say how many passes theirs saw.
+        """
+        names = ('num_batches_tracked', 'running_mean', 'running_var')
+        passes, mean, var = (state_dict.get(prefix + name) for name in names)
+        if any(t is None for t in (passes, mean, var)) or passes.any():
+            return
+        if mean.any() or (var != 1).any():
+            age = math.ceil(1 / self.momentum) if self.momentum else 1
+            state_dict[prefix + names[0]] = torch.full_like(passes, age)
 
     def _spread_over_levels(self, state_dict, prefix) -> None:
         """Start every level from the one estimate that a state has."""

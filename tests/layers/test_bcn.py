@@ -42,6 +42,8 @@ def randomize(layer):
             if p.is_floating_point():
                 p.copy_(torch.rand_like(p) + 0.5 if 'var' in name
                         else torch.randn_like(p))  # fmt: skip
+            else:
+                p.fill_(7)
     return layer
 
 
@@ -303,6 +305,31 @@ def test_copies_and_pickles_start_without_memories():
         assert not twin._recent._passes and layer._recent._passes
 
 
+@pytest.mark.parametrize('start', ['identity', 'first', 'average'])
+def test_starts(start):
+    """A new layer's estimates after one pass; a checkpoint's move on."""
+    x = torch.randn(2, 4, 5, 5) * 2 + 3
+    layer = BCN(4, 2, start=start)
+    layer(x)
+    if start == 'identity':
+        assert torch.allclose(layer.running_mean, 0.01 * x.mean((0, 2, 3)))
+    else:
+        assert torch.allclose(layer.running_mean, x.mean((0, 2, 3)))
+        assert torch.allclose(
+            layer.running_var, x.var((0, 2, 3), correction=0), rtol=1e-4
+        )
+    other = nn.BatchNorm2d(4)
+    other.running_mean.fill_(5.0)
+    for state in (other.state_dict(), dict(other.state_dict())):
+        if type(state) is dict:  # as old checkpoints are
+            del state['num_batches_tracked']
+        layer = BCN(4, 2, start=start)
+        layer.load_state_dict(state)
+        layer(x)
+        moved = 5 + 0.01 * (x.mean((0, 2, 3)) - 5)
+        assert torch.allclose(layer.running_mean, moved)
+
+
 # -- a norm layer to every tool that asks ------------------------------------
 
 
@@ -311,7 +338,12 @@ def test_construction_errors_and_warnings():
         BCN(48, num_groups=32)
     with pytest.warns(UserWarning, match='InstanceNorm'):
         BCN(8, num_groups=8)
-    for bad in (dict(momentum=1.5), dict(eps=0), dict(num_features=0)):
+    for bad in (
+        dict(momentum=1.5),
+        dict(eps=0),
+        dict(num_features=0),
+        dict(start='now'),
+    ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             BCN(**{'num_features': 8, **bad})
     with pytest.raises(TypeError, match='momentun'):
@@ -474,8 +506,10 @@ def test_authors_state(inner, tracked, log):
         f'n.{inner}.running_var': source.running_var,
     }
     if tracked:
-        state[f'n.{inner}.num_batches_tracked'] = torch.tensor(0)
+        state[f'n.{inner}.num_batches_tracked'] = torch.tensor(7)
         state[f'n.{inner}.estbn_moving_speed'] = torch.zeros(1)
+    else:  # as old as the default momentum's memory
+        source.num_batches_tracked.fill_(100)
     nn.ModuleDict(dict(n=layer)).load_state_dict(state)
     assert same(layer.state_dict(), source.state_dict())
     assert len(log) == 1 and "authors'" in log[0]
