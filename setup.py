@@ -61,7 +61,12 @@ setup(
         mm=requirements('mminstall'),
         imagenet=requirements('imagenet'),
         export=requirements('export'),
-        tests=requirements('tests') + requirements('export'),
+        study=requirements('study'),
+        tests=[
+            line
+            for name in ('tests', 'export', 'study')
+            for line in requirements(name)
+        ],
     ),
     classifiers=[
         'License :: OSI Approved :: Apache Software License',

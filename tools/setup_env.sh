@@ -43,7 +43,7 @@ import sys, importlib.metadata as m, importlib.util as u
 fork = 'onedl-mmengine' in m.packages_distributions()['mmengine']
 needed = ['torch', 'mmengine', 'mmcv._ext', 'mmdet', 'mmseg', 'mmpretrain',
           'ftfy', 'regex', 'matplotlib', 'rich', 'pytest', 'pytest_timeout',
-          'xdist', 'hypothesis', 'onnxruntime', 'onnxscript']
+          'xdist', 'hypothesis', 'onnxruntime', 'onnxscript', 'sklearn']
 needed += [] if fork else ['pkg_resources']
 raise SystemExit(any(u.find_spec(name) is None for name in needed)
                  or sys.argv[1] not in ('', 'onedl' if fork else 'openmmlab'))

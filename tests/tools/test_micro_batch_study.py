@@ -1,0 +1,151 @@
+"""The study of error against images per step, on a very small scale."""
+
+import csv
+import json
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import ROOT
+from mmengine.registry import MODELS, init_default_scope
+from torch import nn
+
+STUDY = 'tools/analysis_tools/micro_batch_study.py'
+sys.path.insert(0, str((ROOT / STUDY).parent))
+import micro_batch_study  # noqa: E402
+from micro_batch_study import NORMS, Run, parse_norm, shapes_config  # noqa: E402
+
+from bcn_mm import BCN  # noqa: E402
+
+pytest.importorskip(
+    'sklearn', reason="the digits need scikit-learn: pip install '.[study]'"
+)
+
+
+def study(python, folder, *words, code=0):
+    return python(
+        STUDY, '--epochs', 1, '--work-dir', folder, *words, code=code,
+        COLUMNS='200',
+    )  # fmt: skip
+
+
+def results(folder):
+    records = json.loads((folder / 'results.json').read_text())
+    return {
+        (r['task'], r['norm'], r['images'], r['seed']): r['error']
+        for r in records
+    }
+
+
+@pytest.mark.slow
+def test_goes_on_and_grows(tmp_path, python):
+    words = '--tasks', 'digits', '--images', '8', '16', '--norms'
+    variant = 'bcn-ws,momentum=0.1,start=average'
+    study(python, tmp_path, *words, 'bn', '--seeds', 2)
+    first = results(tmp_path)
+    assert set(first) == {
+        ('digits', 'bn', n, seed) for n in (8, 16) for seed in (0, 1)
+    }
+    assert all(0 < error < 100 for error in first.values())
+    assert len(set(first.values())) > 1
+    # what a process that died had begun to write, and a run of other length
+    (tmp_path / 'runs' / 'digits_bn_8_s0.json').write_text('{"task": "dig')
+    path = tmp_path / 'runs' / 'digits_bn_16_s0.json'
+    other = dict(json.loads(path.read_text()), epochs=7, error=99.0)
+    path.write_text(json.dumps(other))
+    shown = study(python, tmp_path, *words, 'bn', variant, '--seeds', 2)
+    assert '2 of 8 runs are done already' in shown
+    second = results(tmp_path)
+    assert {k: second[k] for k in first} == first and len(second) == 8
+    assert 'BCN + WS, momentum 0.1, start average' in shown
+    with (tmp_path / 'results.csv').open() as file:
+        for row in csv.DictReader(file):
+            errors = [
+                error
+                for key, error in second.items()
+                if key[1:3] == (row['norm'], int(row['images_per_step']))
+            ]
+            assert float(row['error_mean']) == pytest.approx(np.mean(errors))
+            assert float(row['error_se']) == pytest.approx(
+                abs(errors[0] - errors[1]) / 2
+            )
+    assert cv2.imread(str(tmp_path / 'error.png')).std() > 10
+    assert not list(tmp_path.rglob('*.part*'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_shapes(task, shapes, tmp_path, python):
+    out = study(
+        python, tmp_path, '--tasks', task, '--images', 4, '--seeds', 1,
+        '--norms', 'in', 'bcn-ws', '--data', shapes,
+    )  # fmt: skip
+    assert dict(det='Mask R-CNN', seg='FCN')[task] in out
+    assert all(0 < error <= 100 for error in results(tmp_path).values())
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+@pytest.mark.parametrize('norm', [*NORMS, 'bcn-ws,momentum=0.2'])
+@pytest.mark.parametrize('task', ['det', 'seg'])
+def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+    run = Run(task, norm, images=2, seed=5, epochs=3, pictures=11)
+    assert run.steps == 18
+    cfg = shapes_config(run)
+    assert cfg.train_cfg.max_iters == 18 and cfg.randomness.seed == 5
+    init_default_scope(cfg.default_scope)
+    layers = list(MODELS.build(cfg.model).modules())
+    kinds = {
+        'bn': nn.BatchNorm2d, 'ln': nn.GroupNorm, 'in': nn.InstanceNorm2d,
+        'gn': nn.GroupNorm, 'gn-ws': nn.GroupNorm,
+    }  # fmt: skip
+    kind = kinds.get(norm, BCN)
+    found = [
+        m for m in layers
+        if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+    ]  # fmt: skip
+    assert len(found) > 15 and {type(m) for m in found} == {kind}
+    if norm == 'ln':
+        assert {m.num_groups for m in found} == {1}
+    if ',' in norm:
+        assert {m.momentum for m in found} == {0.2}
+    assert ('-ws' in norm) == any('WSConv' in type(m).__name__ for m in layers)
+
+
+def test_the_digits_are_learned_and_repeatable():
+    run = Run('digits', 'bn', 16, 0, epochs=1, pictures=1000)
+    errors = [micro_batch_study.train_digits(run) for _ in range(2)]
+    assert errors[0] == errors[1] < 40  # 90 by chance
+
+
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['--norms', 'bm'], "norm 'bm' is not one of bn, ln"),
+        (['--norms', 'bcn,momentum'], 'arguments look like momentum=0.1'),
+        (['--images', '0'], 'must be positive'),
+        (['--seeds', '0'], 'must be positive'),
+    ],
+)
+def test_bad_arguments(words, message, tmp_path, refused):
+    line = refused(STUDY, '--work-dir', tmp_path / 'x', *words)
+    assert line.startswith('error: ') and message in line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_said_and_tried_again(tmp_path, python):
+    words = '--tasks', 'digits', '--images', 16, '--seeds', 1, '--norms', 'bn'
+    shown = study(python, tmp_path, *words, 'bcn,num_groups=7', code=1)
+    assert 'num_groups=7 does not divide' in shown
+    assert 'error: 1 runs failed' in shown
+    again = study(python, tmp_path, *words, 'bcn,num_groups=7', code=1)
+    assert '1 of 2 runs are done already' in again
+
+
+def test_variants_of_a_norm():
+    norm = parse_norm('bcn-ws,momentum=0.1,start=average')
+    assert norm.norm_cfg == dict(type='BCN', momentum=0.1, start='average')
+    assert parse_norm('bcn,momentum=null').norm_cfg['momentum'] is None
+    assert NORMS['bcn'].norm_cfg == dict(type='BCN')
