@@ -225,6 +225,10 @@ def draw_bars(
     axis.set_xscale('log')
     axis.set_xlabel(title)
     axis.legend(fontsize='small')
+    save_figure(figure, path)
+
+
+def save_figure(figure: plt.Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.stem + '.part' + path.suffix)
     figure.savefig(draft, dpi=120)

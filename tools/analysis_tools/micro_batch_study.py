@@ -29,7 +29,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import numpy as np
 import torch
 import yaml
-from measuring import plt, write_json
+from measuring import plt, save_figure, write_json
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
 from pictures import dicts
@@ -463,10 +463,7 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
         lines.values(), lines, loc='outside lower center', ncols=4,
         fontsize='small',
     )  # fmt: skip
-    draft = path.with_suffix('.part.png')
-    figure.savefig(draft, dpi=130)
-    plt.close(figure)
-    draft.replace(path)
+    save_figure(figure, path)
 
 
 def tables(rows: Dict[Key, dict], norms: List[str]) -> List[Table]:
