@@ -195,6 +195,19 @@ def arch_of(state: State) -> Optional[str]:
 # -- checks -------------------------------------------------------------------
 
 
+def check_finite(name: str, value: object) -> None:
+    """Make sure that an entry of a state dict, if a tensor, is finite.
+
+    Raises:
+        ValueError: names the entry and says what it holds.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if value.isnan().any():
+            raise ValueError(f'{name} holds NaN')
+        if value.isinf().any():
+            raise ValueError(f'{name} holds infinity')
+
+
 def check_values(state: State) -> None:
     """Make sure that a state dict holds finite numbers under names.
 
@@ -208,12 +221,10 @@ def check_values(state: State) -> None:
             raise ValueError(f'{name!r} is no name of a tensor')
         if not isinstance(value, Tensor):
             raise ValueError(f'{name} is no tensor but {type(value).__name__}')
-        if value.is_floating_point():
-            if value.isnan().any():
-                raise ValueError(f'{name} holds NaN')
-            if value.isinf().any():
-                raise ValueError(f'{name} holds infinity')
-        elif not name.endswith('num_batches_tracked'):
+        check_finite(name, value)
+        if not value.is_floating_point() and not name.endswith(
+            'num_batches_tracked'
+        ):
             raise ValueError(f'{name} holds {value.dtype}, not real numbers')
         if name.endswith('running_var') and (value < 0).any():
             raise ValueError(f'{name} holds a negative variance')

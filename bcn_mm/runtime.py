@@ -16,7 +16,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 from functools import partial
-from typing import Iterator, List, Optional
+from typing import Iterator, List, Optional, Tuple
 
 import cv2
 import numpy as np
@@ -28,6 +28,8 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner import checkpoint as reading
+
+from .checkpoint import check_finite
 
 _STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 
@@ -194,7 +196,7 @@ def read_checkpoint(path: str) -> dict:
 
     Raises:
         InputError: if the file is missing, truncated, holds anything but
-            data, or holds no state dict.
+            data, holds no state dict, or one with numbers that are not finite.
     """
     if not os.path.isfile(path):
         raise InputError(f'checkpoint {path} does not exist')
@@ -221,6 +223,12 @@ def read_checkpoint(path: str) -> dict:
         )
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
+    state = checkpoint['state_dict']
+    for name, value in state.items() if isinstance(state, dict) else ():
+        try:
+            check_finite(name, value)
+        except ValueError as e:
+            raise InputError(f'checkpoint {path}: {e}') from e
     return checkpoint
 
 
@@ -252,6 +260,56 @@ def check_match(model: torch.nn.Module, checkpoint: dict, path: str) -> None:
         f'the first that does not is {name} (model: '
         f'{own.get(name, "absent")}, file: {given.get(name, "absent")})'
     )
+
+
+# What their checkpoints are called here once converted -> what they call them.
+_AUTHORS = {
+    f'{name}_mm.pth': f'{name}.pth'
+    for name in ('rn50_bcn_ws', 'rn101_bcn_ws', 'rx50_bcn_ws')
+}
+_SITE = 'github.com/joe-siyuan-qiao/Batch-Channel-Normalization'
+
+
+def check_pretrained(cfg: Config) -> None:
+    """Make sure that the files are there which a model is to start from.
+
+    mmengine looks for them when it initializes weights, after everything else
+    has been built.
+
+    Raises:
+        InputError: if a local one is missing, says how to get it and how to
+            do without; if it cannot be read or holds numbers that are not
+            finite, says so.
+    """
+    for name, node in _dicts(cfg.get('model') or {}, 'model'):
+        path = node.get('checkpoint')
+        if node.get('type') != 'Pretrained' or '://' in str(path):
+            continue
+        if os.path.isfile(path):
+            read_checkpoint(path)
+            continue
+        source = _AUTHORS.get(os.path.basename(path))
+        get = (
+            f'get {source} from {_SITE} and convert it (python tools/'
+            f'model_converters/authors_to_mm.py {source} {path}), or '
+            if source
+            else ''
+        )
+        raise InputError(
+            f'{name}: checkpoint {path} does not exist; {get}start from '
+            f'random weights (--cfg-options {name}=None)'
+        )
+
+
+def _dicts(node: object, name: str) -> Iterator[Tuple[str, dict]]:
+    """All dicts in a part of a config, with their names in it."""
+    if isinstance(node, dict):
+        yield name, node
+        items = node.items()
+    else:
+        items = enumerate(node if isinstance(node, (list, tuple)) else ())
+    for key, value in items:
+        yield from _dicts(value, f'{name}.{key}')
 
 
 def _first_host(launcher: str) -> str:

@@ -10,6 +10,7 @@ from bcn_mm.runtime import (
     add_arguments,
     build_runner,
     check_match,
+    check_pretrained,
     find_newest_checkpoint,
     load_config,
     one_line_errors,
@@ -78,6 +79,7 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         cfg = configure(args)
+        check_pretrained(cfg)
         source = cfg.get('load_from')
         if cfg.get('resume') and not source:
             source = cfg.load_from = find_newest_checkpoint(cfg.work_dir)

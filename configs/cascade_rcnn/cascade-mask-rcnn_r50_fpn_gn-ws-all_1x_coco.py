@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         frozen_stages=1,
         norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
+        conv_cfg=dict(conv_cfg, _delete_=True),
         init_cfg=dict(
             _delete_=True,
             type='Pretrained',

@@ -9,7 +9,8 @@ conv_cfg = dict(type='WSConv2d')
 model = dict(
     backbone=dict(
         norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
+        # as the COCO model
+        conv_cfg=dict(conv_cfg, dialect='var'),
         norm_eval=False,
         frozen_stages=-1,
     ),

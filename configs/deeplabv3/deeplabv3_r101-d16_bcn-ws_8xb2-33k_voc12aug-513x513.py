@@ -9,7 +9,6 @@ norm_cfg = dict(type='SyncBCN', estimate=False)
 conv_cfg = dict(type='WSConv2d')
 model = dict(
     data_preprocessor=dict(size=crop_size),
-    # from scratch; the paper starts from ImageNet, the README says how
     pretrained=None,
     backbone=dict(
         type='ResNet',
@@ -17,7 +16,12 @@ model = dict(
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
         norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
+        # as the checkpoint was trained; their DeepLab has 'std' throughout
+        conv_cfg=dict(conv_cfg, dialect='var'),
+        # the authors'; mask_rcnn/README.md says how to get it
+        init_cfg=dict(
+            type='Pretrained', checkpoint='checkpoints/rn101_bcn_ws_mm.pth'
+        ),
     ),
     decode_head=dict(
         channels=256,

@@ -3,7 +3,10 @@ _base_ = './deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'
 norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 conv_cfg = dict(_delete_=True, type='ConvWS')
 model = dict(
-    pretrained='open-mmlab://jhu/resnet101_gn_ws',
-    backbone=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    backbone=dict(
+        norm_cfg=norm_cfg,
+        conv_cfg=conv_cfg,
+        init_cfg=dict(checkpoint='open-mmlab://jhu/resnet101_gn_ws'),
+    ),
     decode_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
 )

@@ -6,9 +6,17 @@ custom_hooks = [dict(type='SyncEstimatesHook')]
 norm_cfg = dict(type='BCN')
 conv_cfg = dict(type='WSConv2d')
 model = dict(
-    # from scratch; the README says how to start from pretrained weights
     pretrained=None,
-    backbone=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    backbone=dict(
+        # one 7x7 convolution at the start, as in the checkpoint
+        type='ResNet',
+        norm_cfg=norm_cfg,
+        conv_cfg=dict(conv_cfg, dialect='var'),
+        # the authors'; mask_rcnn/README.md says how to get it
+        init_cfg=dict(
+            type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'
+        ),
+    ),
     decode_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
 )

@@ -9,11 +9,14 @@ conv_cfg = dict(type='WSConv2d')
 model = dict(
     backbone=dict(
         norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
+        # as the checkpoint was trained
+        conv_cfg=dict(conv_cfg, dialect='var'),
         norm_eval=False,
-        # from scratch; the README says how to start from pretrained weights
         frozen_stages=-1,
-        init_cfg=None,
+        # the authors'; mask_rcnn/README.md says how to get it
+        init_cfg=dict(
+            type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'
+        ),
     ),
     neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     # five pyramid levels share the head's norms; each has its own estimates

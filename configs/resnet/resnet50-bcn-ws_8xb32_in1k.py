@@ -5,5 +5,5 @@ custom_hooks = [dict(type='SyncEstimatesHook')]
 
 # with many images on every GPU, batch statistics
 norm_cfg = dict(type='BCN', estimate=False)
-conv_cfg = dict(type='WSConv2d')
+conv_cfg = dict(type='WSConv2d', dialect='var')
 model = dict(backbone=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg))

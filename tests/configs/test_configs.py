@@ -10,6 +10,7 @@ import re
 from itertools import chain
 from pathlib import Path
 
+import authors
 import pytest
 import torch
 import yaml
@@ -21,6 +22,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
 from torch import nn
 
+import bcn_mm
 from bcn_mm import BCN, WSConv2d
 from bcn_mm.runtime import build_runner
 
@@ -121,6 +123,44 @@ def test_builds_as_it_says(path):
         levels = {m.num_levels for n, m in norms.items() if 'bbox_head' in n}
         assert levels == {5}
     check_name(path, cfg)
+    if said == 'bcn-ws' and path.parent.name != 'quickstart':
+        check_start(path, cfg.model.backbone, model.backbone)
+
+
+def check_start(path, said, backbone):
+    """The file that training starts from, of which the backbone is one."""
+    convs = [m for m in backbone.modules() if isinstance(m, WSConv2d)]
+    assert {m.dialect for m in convs} == {'var'}
+    if path.parent.name in ('resnet', 'cityscapes'):  # their COCO model has it
+        assert not said.get('init_cfg')
+        return
+    x50 = said.type == 'ResNeXt'
+    name = f'{"rx" if x50 else "rn"}{said.depth}_bcn_ws_mm.pth'
+    assert said.init_cfg == dict(
+        type='Pretrained', checkpoint=f'checkpoints/{name}'
+    )
+    with torch.device('meta'):
+        more = dict(groups=32, base=4) if x50 else {}
+        theirs = authors.Backbone(said.depth, **more)
+    own = {k: v.shape for k, v in backbone.named_parameters()}
+    for name, m in theirs.named_modules():
+        if isinstance(m, authors.Norm):
+            assert own.pop(f'{name}.weight') == (32,)
+            assert own.pop(f'{name}.bias') == (32,)
+            channels = m.pbn.weight.shape
+            assert own.pop(f'{name}.batch_weight') == channels
+            assert own.pop(f'{name}.batch_bias') == channels
+        elif isinstance(m, authors.Conv):
+            assert own.pop(f'{name}.weight') == m.weight.shape
+            assert backbone.get_submodule(name).stride == m.stride or dilated(
+                said
+            )
+    assert not own
+
+
+def dilated(backbone):
+    """Stages of a segmenter dilate where ImageNet's have strides."""
+    return backbone.get('strides', (1, 2, 2, 2)) != (1, 2, 2, 2)
 
 
 def check_name(path, cfg):
@@ -340,6 +380,49 @@ def test_trains(path, roots, tmp_path):
     assert (estimates > 0) == (not said.startswith('gn'))
 
 
+@pytest.mark.slow
+@pytest.mark.real_data
+def test_starts_from_the_authors_model(real_data, tmp_path, python):
+    """Converted as the README says, it is in the backbone, bit by bit."""
+    net = authors.randomize(authors.Backbone(50, classes=10))
+    torch.save(dict(state_dict=net.state_dict()), tmp_path / 'theirs.pth')
+    start = 'checkpoints/rn50_bcn_ws_mm.pth'
+    python(ROOT / 'tools/model_converters/authors_to_mm.py', 'theirs.pth',
+           start, cwd=tmp_path)  # fmt: skip
+    want = torch.load(tmp_path / start)['state_dict']
+
+    coco = real_data / 'coco'
+    python(
+        ROOT / 'tools/train.py', ROOT / FULL['coco'], '--work-dir', 'out',
+        '--cfg-options', f'train_dataloader.dataset.data_root={coco}/',
+        f'val_dataloader.dataset.data_root={coco}/',
+        f'test_dataloader.dataset.data_root={coco}/',
+        f'val_evaluator.ann_file={coco}/annotations/instances_val2017.json',
+        'train_dataloader.num_workers=0',
+        'train_dataloader.persistent_workers=False',
+        'train_dataloader.dataset.indices=1',
+        'train_dataloader.dataset.pipeline.2.scale=(160,96)',
+        'train_cfg.max_epochs=1', 'train_cfg.val_interval=5',
+        'model.backbone.frozen_stages=4',  # so that the step leaves it alone
+        cwd=tmp_path,
+    )  # fmt: skip
+    (checkpoint,) = (tmp_path / 'out').glob('*.pth')
+    got = torch.load(checkpoint)['state_dict']
+    own = {k[9:]: v for k, v in got.items() if k.startswith('backbone.')}
+    assert {k for k in want if k not in own} == {'fc.weight', 'fc.bias'}
+    for name, value in own.items():
+        assert torch.equal(value, want[name]), name
+    assert torch.equal(own['conv1.weight'], net.conv1.weight)
+
+    backbone = bcn_mm.get_config(Path(FULL['coco']).stem).model.backbone
+    backbone.conv_cfg.dialect = 'std'
+    backbone.init_cfg.checkpoint = str(tmp_path / start)
+    init_default_scope('mmdet')
+    backbone = importlib.import_module('mmdet.registry').MODELS.build(backbone)
+    with pytest.raises(RuntimeError, match="trained with .* dialect='var'"):
+        backbone.init_weights()
+
+
 @pytest.mark.real_data
 def test_backbone_from_imagenet(roots, tmp_path):
     """A checkpoint of the ImageNet recipe is a detector's backbone."""
@@ -430,6 +513,7 @@ def test_trains_at_its_own_scale(data, real_data, tmp_path, python):
     few = ['val', 'test']
     quiet += [f'{n}_dataloader.dataset.indices=3' for n in few]
     quiet += ['default_hooks.logger.interval=1']
+    quiet += ['model.backbone.init_cfg=None']
     if data == 'coco':
         annotations = f'{root}annotations/instances_val2017.json'
         quiet += [f'{n}_evaluator.ann_file={annotations}' for n in few] + [

@@ -214,12 +214,50 @@ def test_bad_input_to_train(words, message, shapes, tmp_path):
     assert not list(tmp_path.rglob('*.pth'))
 
 
+@pytest.mark.parametrize(
+    'recipe, theirs',
+    [
+        ('mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco', 'rn50_bcn_ws'),
+        ('deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513',
+         'rn101_bcn_ws'),
+    ],
+)  # fmt: skip
+def test_missing_start(recipe, theirs, tmp_path):
+    """Said before any data is asked for, of which there is none."""
+    config = ROOT / f'configs/{recipe}.py'
+    words = [sys.executable, ROOT / 'tools/train.py', config]
+    line = one_line(run(*words, cwd=tmp_path))
+    target = f'checkpoints/{theirs}_mm.pth'
+    assert f'checkpoint {target} does not exist' in line
+    command = f'tools/model_converters/authors_to_mm.py {theirs}.pth {target}'
+    assert command in line
+    assert not list(tmp_path.iterdir())
+    (option,) = re.findall(r'--cfg-options (\S+=None)', line)
+    line = one_line(run(*words, '--cfg-options', option, cwd=tmp_path))
+    assert 'checkpoints' not in line and 'data/' in line
+
+
+def test_damaged_start(tmp_path):
+    torch.save({'conv1.weight': torch.tensor(torch.nan)}, tmp_path / 'a.pth')
+    line = one_line(
+        run(
+            sys.executable, 'tools/train.py',
+            'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py', CFG,
+            f'model.backbone.init_cfg.checkpoint={tmp_path / "a.pth"}',
+            '--work-dir', tmp_path / 'w',
+        )
+    )  # fmt: skip
+    assert re.search(r'a\.pth: conv1\.weight holds NaN', line)
+
+
 def test_missing_config():
     done = run(sys.executable, 'tools/train.py', 'configs/none.py')
     assert 'configs/none.py does not exist' in one_line(done)
 
 
-@pytest.mark.parametrize('kind', ['truncated', 'code', 'architecture', 'none'])
+@pytest.mark.parametrize(
+    'kind', ['truncated', 'code', 'architecture', 'nan', 'none']
+)
 @pytest.mark.parametrize('tool', ['test', 'train'])
 def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
     task, folder = trained
@@ -236,6 +274,11 @@ def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
     elif kind == 'architecture':
         path.write_bytes(data)
         message = r"\d+ of the model's \d+ tensors match, out of \d+"
+    elif kind == 'nan':
+        checkpoint = torch.load(checkpoints(folder)[-1])
+        checkpoint['state_dict']['backbone.bn1.bias'][0] = torch.nan
+        torch.save(checkpoint, path)
+        message = r'given\.pth: backbone\.bn1\.bias holds NaN'
     else:
         message = 'given.pth does not exist'
     out = tmp_path / 'out.pkl'
