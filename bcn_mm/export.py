@@ -11,11 +11,14 @@ import gc
 import os
 import re
 from collections import defaultdict
+from contextlib import contextmanager
+from functools import partial
 from typing import (
     Any,
     Callable,
     Dict,
     Iterable,
+    Iterator,
     List,
     NamedTuple,
     Optional,
@@ -31,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .layers import BCN, WSConv1d, WSConv2d, WSConv3d
-from .ops import affine_group_norm, batch_affine
+from .ops import affine_group_norm, batch_affine, group_norm_by_axes
 
 _WS = (WSConv1d, WSConv2d, WSConv3d)
 _PLAIN = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
@@ -598,7 +601,7 @@ def export_onnx(
     draft = f'{path}.part'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _exact_group_norms(model):
             outputs = len(tree_leaves(model(pictures)))
             torch.onnx.export(
                 model,
@@ -622,6 +625,25 @@ def export_onnx(
     finally:
         if os.path.exists(draft):
             os.remove(draft)
+
+
+@contextmanager
+def _exact_group_norms(model: nn.Module) -> Iterator[None]:
+    """Have group norms that are exported take their means axis by axis."""
+    norms = [m for m in model.modules() if type(m) is nn.GroupNorm]
+    for norm in norms:
+        norm.forward = partial(_exact_group_norm, norm)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            del norm.forward
+
+
+def _exact_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    return group_norm_by_axes(
+        x, norm.num_groups, norm.weight, norm.bias, norm.eps
+    )
 
 
 def _tidy(graph, names: Dict[int, str]) -> None:

@@ -10,6 +10,7 @@ from .batch_channel_norm import (
     check_num_groups,
     check_start,
     default_num_groups,
+    group_norm_by_axes,
     inside_backward,
 )
 from .weight_standardization import DIALECTS, check_dialect, standardize_weight
@@ -26,6 +27,7 @@ __all__ = [
     'check_start',
     'default_num_groups',
     'exporting',
+    'group_norm_by_axes',
     'inside_backward',
     'standardize_weight',
 ]

@@ -7,6 +7,7 @@ algebra below works on (N, C) and (N, G) tensors; of full size only ``x`` is
 kept for the backward pass.
 """
 
+import warnings
 from collections import deque
 from contextlib import nullcontext
 from typing import NamedTuple, Optional, Tuple, Union
@@ -508,24 +509,103 @@ def affine_group_norm(
     bias: Optional[Tensor],
     eps: float,
 ) -> Tensor:
-    """The group norm of ``scale x + shift``, in two plain operators.
+    """The group norm of ``scale x + shift``, in plain operators.
+
+    What is recorded for another runtime is :func:`group_norm_by_axes`.
 
     Args:
         x (Tensor): (N, C, *spatial).
         num_groups (int): A divisor of C.
         scale (Tensor): (C).
         shift (Tensor): (C).
-        weight (Tensor, optional): (C), the affine pair of the group norm.
+        weight (Tensor, optional): (C), the affine pair of the group norm;
+            both or none.
         bias (Tensor, optional): (C).
         eps (float): Of the group norm.
 
     Returns:
         Tensor: of the shape of ``x``.
     """
+    if affine.exporting():
+        return group_norm_by_axes(
+            x, num_groups, weight, bias, eps, scale, shift
+        )
     per_channel = (-1,) + (1,) * (x.dim() - 2)
     z = x * scale.view(per_channel) + shift.view(per_channel)
     # not F.group_norm, which refuses a single value per group
     return torch.group_norm(z, num_groups, weight, bias, eps)
+
+
+def group_norm_by_axes(
+    x: Tensor,
+    num_groups: int,
+    weight: Optional[Tensor],
+    bias: Optional[Tensor],
+    eps: float,
+    scale: Optional[Tensor] = None,
+    shift: Optional[Tensor] = None,
+) -> Tensor:
+    """Group norm as other runtimes compute it exactly on large pictures.
+
+    Exporters write GroupNorm as InstanceNormalization over all values of a
+    group, which onnxruntime adds up in one chain of float32: of 64 channels of
+    400x664 the result is 7e-6 off, relative to the largest. Means over one
+    axis at a time, of plain operators, leave 3e-7 and take no longer.
+
+    Args:
+        x (Tensor): (N, C, *spatial).
+        num_groups (int): A divisor of C.
+        weight (Tensor, optional): (C), the affine pair; both or none.
+        bias (Tensor, optional): (C).
+        eps (float): Of the norm.
+        scale (Tensor, optional): (C), of an affine before the norm; both or
+            none.
+        shift (Tensor, optional): (C).
+
+    Returns:
+        Tensor: of the shape of ``x``.
+    """
+    given, dtype, channels = x.dtype, affine.compute_dtype(x), _channels(x)
+    x, scale, shift, weight, bias = _to(dtype, x, scale, shift, weight, bias)
+
+    def mean_of_rows(t):
+        for axis in range(t.dim() - 1, 1, -1):
+            t = t.mean(axis, keepdim=True)
+        return t
+
+    def grouped(t):  # reads no size, as what is recorded should not
+        return None if t is None else t.view(-1, num_groups, size)
+
+    size = channels // num_groups
+    mean = mean_of_rows(x)
+    x = x - mean
+    var = grouped(mean_of_rows(x * x))
+    mean = grouped(mean)
+    scale, shift, weight, bias = map(grouped, (scale, shift, weight, bias))
+    if scale is not None:
+        mean, var = mean * scale + shift, var * (scale * scale)
+    mean = mean - mean.mean(2, keepdim=True)
+    var = (var + mean * mean).mean(2, keepdim=True)
+    factor = (var + eps).rsqrt()
+    if weight is not None:
+        factor = factor * weight
+    mean = mean * factor
+    if bias is not None:
+        mean = mean + bias
+    if scale is not None:
+        factor = factor * scale
+    per_row = (-1, channels) + (1,) * (x.dim() - 2)
+    factor = factor.expand_as(mean).reshape(per_row)
+    return _to(given, x * factor + mean.reshape(per_row))[0]
+
+
+def _channels(x: Tensor) -> int:
+    """Their number, which is the one size that what is recorded may hold."""
+    if not torch.jit.is_tracing():
+        return x.shape[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', torch.jit.TracerWarning)
+        return int(x.shape[1])
 
 
 @torch.library.custom_op('bcn_mm::snapshot', mutates_args=())

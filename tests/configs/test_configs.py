@@ -396,13 +396,16 @@ def test_starts_from_the_authors_model(real_data, tmp_path, python):
         ROOT / 'tools/train.py', ROOT / FULL['coco'], '--work-dir', 'out',
         '--cfg-options', f'train_dataloader.dataset.data_root={coco}/',
         f'val_dataloader.dataset.data_root={coco}/',
-        f'test_dataloader.dataset.data_root={coco}/',
         f'val_evaluator.ann_file={coco}/annotations/instances_val2017.json',
         'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         'train_dataloader.dataset.indices=1',
         'train_dataloader.dataset.pipeline.2.scale=(160,96)',
-        'train_cfg.max_epochs=1', 'train_cfg.val_interval=5',
+        'val_dataloader.num_workers=0',
+        'val_dataloader.persistent_workers=False',
+        'val_dataloader.dataset.indices=1',
+        'val_dataloader.dataset.pipeline.1.scale=(160,96)',
+        'train_cfg.max_epochs=1',
         'model.backbone.frozen_stages=4',  # so that the step leaves it alone
         cwd=tmp_path,
     )  # fmt: skip
