@@ -23,7 +23,8 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python tools/model_converters/authors_to_mm.py rn50_bcn_ws.pth rn50_mm.pth
+  python tools/model_converters/authors_to_mm.py rn50_bcn_ws.pth \\
+      checkpoints/rn50_bcn_ws_mm.pth
   python tools/model_converters/authors_to_mm.py deeplab.pth deeplab_mm.pth \\
       --arch deeplabv3_resnet101
   python tools/model_converters/authors_to_mm.py epoch_24.pth theirs.pth --reverse
@@ -31,7 +32,7 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
 then, in a config:
   backbone=dict(
       norm_cfg=dict(type='BCN'), conv_cfg=dict(type='WSConv2d', dialect='var'),
-      init_cfg=dict(type='Pretrained', checkpoint='rn50_mm.pth'))""",  # noqa: E501
+      init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'))""",  # noqa: E501
     )
     parser.add_argument('source', help='the checkpoint to read')
     parser.add_argument('target', help='the checkpoint to write')
