@@ -613,6 +613,7 @@ def export_onnx(
                 **how,
             )
         proto = onnx.load(draft)
+        _share_constants(proto.graph)
         _tidy(proto.graph, names)
         onnx.save(proto, draft)
         onnx.checker.check_model(draft, full_check=True)
@@ -644,6 +645,36 @@ def _exact_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return group_norm_by_axes(
         x, norm.num_groups, norm.weight, norm.bias, norm.eps
     )
+
+
+def _share_constants(graph) -> None:
+    """Take out the copies that stand for equal constants.
+
+    torch's older exporter keeps one of them and puts an Identity in place of
+    each other one, which onnxruntime's optimizer trips over (1.31: "Node input
+    is not a graph input, initializer, or output of a previous node").
+
+    Args:
+        graph (onnx.GraphProto): Changed in place.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    outputs = {value.name for value in graph.output}
+    if any(a.HasField('g') for node in graph.node for a in node.attribute):
+        return  # a branch may use a copy by its name
+    first, kept = {}, []
+    for node in graph.node:
+        given = [first.get(name, name) for name in node.input]
+        if (
+            node.op_type == 'Identity'
+            and given[0] in constants
+            and node.output[0] not in outputs
+        ):
+            first[node.output[0]] = given[0]
+            continue
+        node.input[:] = given
+        kept.append(node)
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _tidy(graph, names: Dict[int, str]) -> None:

@@ -360,6 +360,18 @@ def test_large_pictures_are_summed_exactly(affine, folded, tmp_path):
     assert not any('forward' in vars(m) for m in written.modules())
 
 
+@needs_onnx
+@pytest.mark.filterwarnings('ignore')
+def test_equal_constants(tmp_path):
+    """Norms that have not been trained have equal affine parameters."""
+    layers = [m for _ in range(3) for m in (nn.Conv2d(8, 8, 1), BCN(8))]
+    net = nn.Sequential(*layers).eval()
+    x = torch.randn(2, 8, 16, 16)
+    path = str(tmp_path / 'model.onnx')
+    export_onnx(fold(net, x), path, x, 'trace')
+    assert onnx_difference(path, net, [x]) < 1e-5
+
+
 # -- real models -------------------------------------------------------------
 
 MODELS_OF = {
