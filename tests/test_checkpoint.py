@@ -158,7 +158,8 @@ def test_deeplab():
     assert any('aspp.conv2' in note for note in made.notes)
     del net
     # as the README says; the recipe's own is that of their ImageNet model
-    std = {'backbone.conv_cfg.dialect': 'std'}
+    parts = 'backbone', 'decode_head'
+    std = {f'{part}.conv_cfg.dialect': 'std' for part in parts}
     ours = mmseg_model(**std).double()
     ours.load_state_dict(made.state)
     with torch.no_grad():

@@ -13,12 +13,14 @@ model = dict(
             checkpoint='open-mmlab://jhu/resnet50_gn_ws',
         ),
     ),
-    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    neck=dict(norm_cfg=norm_cfg, conv_cfg=dict(conv_cfg, _delete_=True)),
     roi_head=dict(
         bbox_head=[
             dict(head, norm_cfg=norm_cfg, conv_cfg=conv_cfg)
             for head in _base_.model.roi_head.bbox_head
         ],
-        mask_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+        mask_head=dict(
+            norm_cfg=norm_cfg, conv_cfg=dict(conv_cfg, _delete_=True)
+        ),
     ),
 )

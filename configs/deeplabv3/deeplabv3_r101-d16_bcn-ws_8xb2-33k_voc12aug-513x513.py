@@ -6,7 +6,8 @@ custom_hooks = [dict(type='SyncEstimatesHook')]
 
 crop_size = (513, 513)
 norm_cfg = dict(type='SyncBCN', estimate=False)
-conv_cfg = dict(type='WSConv2d')
+# the dialect of the checkpoint
+conv_cfg = dict(type='WSConv2d', dialect='var')
 model = dict(
     data_preprocessor=dict(size=crop_size),
     pretrained=None,
@@ -16,8 +17,7 @@ model = dict(
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
         norm_cfg=norm_cfg,
-        # as the checkpoint was trained; their DeepLab has 'std' throughout
-        conv_cfg=dict(conv_cfg, dialect='var'),
+        conv_cfg=conv_cfg,
         # the authors'; mask_rcnn/README.md says how to get it
         init_cfg=dict(
             type='Pretrained', checkpoint='checkpoints/rn101_bcn_ws_mm.pth'

@@ -5,12 +5,12 @@ custom_imports = dict(imports=['bcn_mm'])
 custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
-conv_cfg = dict(type='WSConv2d')
+# the dialect of the checkpoint
+conv_cfg = dict(type='WSConv2d', dialect='var')
 model = dict(
     backbone=dict(
         norm_cfg=norm_cfg,
-        # as the checkpoint was trained
-        conv_cfg=dict(conv_cfg, dialect='var'),
+        conv_cfg=conv_cfg,
         norm_eval=False,
         frozen_stages=-1,
         # the authors'; mask_rcnn/README.md says how to get it

@@ -4,14 +4,15 @@ custom_imports = dict(imports=['bcn_mm'])
 custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
-conv_cfg = dict(type='WSConv2d')
+# the dialect of the checkpoint
+conv_cfg = dict(type='WSConv2d', dialect='var')
 model = dict(
     pretrained=None,
     backbone=dict(
         # one 7x7 convolution at the start, as in the checkpoint
         type='ResNet',
         norm_cfg=norm_cfg,
-        conv_cfg=dict(conv_cfg, dialect='var'),
+        conv_cfg=conv_cfg,
         # the authors'; mask_rcnn/README.md says how to get it
         init_cfg=dict(
             type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'

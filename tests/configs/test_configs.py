@@ -124,12 +124,12 @@ def test_builds_as_it_says(path):
         assert levels == {5}
     check_name(path, cfg)
     if said == 'bcn-ws' and path.parent.name != 'quickstart':
-        check_start(path, cfg.model.backbone, model.backbone)
+        check_start(path, cfg.model.backbone, model)
 
 
-def check_start(path, said, backbone):
+def check_start(path, said, model):
     """The file that training starts from, of which the backbone is one."""
-    convs = [m for m in backbone.modules() if isinstance(m, WSConv2d)]
+    convs = [m for m in model.modules() if isinstance(m, WSConv2d)]
     assert {m.dialect for m in convs} == {'var'}
     if path.parent.name in ('resnet', 'cityscapes'):  # their COCO model has it
         assert not said.get('init_cfg')
@@ -142,6 +142,7 @@ def check_start(path, said, backbone):
     with torch.device('meta'):
         more = dict(groups=32, base=4) if x50 else {}
         theirs = authors.Backbone(said.depth, **more)
+    backbone = model.backbone
     own = {k: v.shape for k, v in backbone.named_parameters()}
     for name, m in theirs.named_modules():
         if isinstance(m, authors.Norm):
