@@ -5,7 +5,7 @@ scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 """
 
 from .checkpoint import extend_mmengine
-from .hooks import SyncEstimatesHook
+from .hooks import EliminationSingularityHook, SyncEstimatesHook
 from .hub import get_config, get_model, list_models
 from .layers import (
     BCN,
@@ -24,6 +24,7 @@ from .version import __version__
 
 __all__ = [
     'BCN',
+    'EliminationSingularityHook',
     'SyncBCN',
     'SyncEstimatesHook',
     'WSConv1d',

@@ -212,6 +212,11 @@ class BCN(nn.GroupNorm):
         """int: The number of channels, by BatchNorm's name for it."""
         return self.num_channels
 
+    @property
+    def level(self) -> int:
+        """int: Which pyramid level the last call was for."""
+        return max(len(self._sizes) - 1, 0)
+
     def reset_running_stats(self) -> None:
         """Set the estimates to mean 0 and variance 1."""
         self.running_mean.zero_()

@@ -42,13 +42,16 @@ def test_bad_input(python):
 def test_benchmark_model(tmp_path, python, config):
     out, plot = tmp_path / 'model.json', tmp_path / 'model.png'
     variants = ['BN'] if 'rcnn' in config else []
+    hook = ['--hook'] if 'rcnn' in config else []
     shown = python(
         MODEL, f'configs/quickstart/{config}.py', '--shape', 64, 96,
-        '--rounds', 1, '--variants', 'BCN + WSConv2d', *variants,
+        '--rounds', 1, '--variants', 'BCN + WSConv2d', *variants, *hook,
         '--out', out, '--plot', plot,
     )  # fmt: skip
     assert 'share' in shown and plot.exists()
-    models = json.loads(out.read_text())['models']
+    result = json.loads(out.read_text())
+    models = result['models']
+    assert bool(result['hook']) == bool(hook) == ('hook measures' in shown)
     assert set(models) == {'GN + ConvWS', 'BCN + WSConv2d', *variants}
     # the same norms are there, all of them timed within the step
     assert len({row['layers'] for row in models.values()}) == 1

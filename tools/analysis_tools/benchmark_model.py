@@ -6,11 +6,15 @@ that bcn_mm.config.to_bcn replaces is swapped, and the convolution beside it.
 Nothing is read but the config. The learning rate is 0 and the pictures are
 full of objects, so that every step and every model samples the same number of
 regions and the work stays the same from step to step.
+
+With --hook it also times steps that EliminationSingularityHook measures.
 """
 
 import argparse
 import copy
 import gc
+import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -29,11 +33,13 @@ from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
+from mmengine.visualization import Visualizer
 from pictures import SCOPES, dicts, draw
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from bcn_mm import EliminationSingularityHook
 from bcn_mm.config import to_bcn
 from bcn_mm.runtime import InputError, load_config, one_line_errors
 
@@ -44,6 +50,7 @@ VARIANTS = {
     'BCN + WSConv2d': (dict(type='BCN'), dict(type='WSConv2d')),
 }
 BASE = 'GN + ConvWS'
+WATCHED = 'BCN + WSConv2d'
 # More than a two-stage detector's sampler takes, so that it is always full.
 OBJECTS = 256
 
@@ -144,6 +151,37 @@ class Trainee:
         return self.clock.seconds(stamps)[0], self.norms.take()
 
 
+class Watched:
+    """The steps of a trainee, as a hook measures them.
+
+    Every step is a window: what is done once per window, merging and logging,
+    is in its time as well.
+    """
+
+    def __init__(self, trainee: Trainee, folder: str) -> None:
+        self.trainee = trainee
+        self.hook = EliminationSingularityHook(interval=1, window=1)
+        self.runner = SimpleNamespace(
+            model=trainee.model,
+            iter=0,
+            logger=MMLogger.get_current_instance(),
+            visualizer=Visualizer(
+                vis_backends=[dict(type='LocalVisBackend')], save_dir=folder
+            ),
+        )
+        self.hook.before_train(self.runner)
+
+    def timed_step(self) -> tuple:
+        gc.collect()
+        stamps = [self.trainee.clock.stamp()]
+        self.hook.before_train_iter(self.runner, 0)
+        self.trainee.train_step()
+        self.hook.after_train_iter(self.runner, 0)
+        stamps.append(self.trainee.clock.stamp())
+        self.runner.iter += 1
+        return self.trainee.clock.seconds(stamps)[0], self.trainee.norms.take()
+
+
 def show(result: dict, title: str) -> None:
     table = Table(title=title)
     table.add_column('model', no_wrap=True)
@@ -161,6 +199,16 @@ def show(result: dict, title: str) -> None:
             f'{row["peak"] / base["peak"]:.3f}',
         )
     Console().print(table)
+
+
+def cost_of_hook(measured: float, plain: float) -> dict:
+    """How long a measured step takes, times a plain one; and what the hook
+    adds on average, as a part of a step."""
+    hook = EliminationSingularityHook()
+    ratio = measured / plain
+    return dict(
+        measured=ratio, added=(ratio - 1) * hook.window / hook.interval
+    )
 
 
 def parse_args() -> argparse.Namespace:
@@ -203,9 +251,15 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
         '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
         help='override settings of the config',
     )  # fmt: skip
+    parser.add_argument(
+        '--hook',
+        action='store_true',
+        help=f'what EliminationSingularityHook costs {WATCHED!r}',
+    )
     add_arguments(parser, rounds=10)
     args = parser.parse_args()
-    args.variants = [n for n in VARIANTS if n in {BASE, *args.variants}]
+    variants = {BASE, *args.variants, *([WATCHED] if args.hook else [])}
+    args.variants = [n for n in VARIANTS if n in variants]
     args.shape = tuple(args.shape)
     # what load_config asks for beside these
     args.work_dir, args.launcher, args.local_rank = None, 'none', 0
@@ -263,11 +317,17 @@ def main() -> None:
                 trainee.norms.take()
                 bar.advance(task)
             bar.update(task, description='rounds')
-            times = interleave(
-                {name: t.timed_step for name, t in trainees.items()},
-                args.rounds,
-                lambda: bar.advance(task),
-            )
+            timed = {name: t.timed_step for name, t in trainees.items()}
+            with tempfile.TemporaryDirectory() as folder:
+                if args.hook:
+                    watched = Watched(trainees[WATCHED], folder)
+                    timed['hook'] = watched.timed_step
+                times = interleave(
+                    timed, args.rounds, lambda: bar.advance(task)
+                )
+        hook = None
+        if args.hook:
+            hook = cost_of_hook(times.pop('hook')[0], times[WATCHED][0])
         for name, (step, norms) in times.items():
             result[name].update(step=float(step), norms=float(norms))
         height, width = args.shape
@@ -275,6 +335,12 @@ def main() -> None:
             f'training steps of {args.batch_size} picture(s), {width}x{height}'
         )
         show(result, title)
+        if hook:
+            Console().print(
+                f'a step that the hook measures takes {hook["measured"]:.3f} '
+                f"times {WATCHED}'s; at its default interval it adds "
+                f'{hook["added"]:.2%} to a step'
+            )
         Console().print(
             ', '.join(f'{key} {value}' for key, value in machine.items())
         )
@@ -287,7 +353,12 @@ def main() -> None:
             )
             write_json(
                 args.out,
-                dict(machine=machine, settings=settings, models=result),
+                dict(
+                    machine=machine,
+                    settings=settings,
+                    models=result,
+                    hook=hook,
+                ),
             )
         if args.plot:
             measures = dict(

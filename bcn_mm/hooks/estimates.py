@@ -1,11 +1,11 @@
-"""Hooks of mmengine's runner."""
+"""Estimates that agree on all ranks."""
 
 import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 
-from .layers import average_estimates
+from ..layers import average_estimates
 
 
 @HOOKS.register_module()
