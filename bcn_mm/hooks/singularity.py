@@ -197,8 +197,8 @@ class EliminationSingularityHook(Hook):
         ValueError: if an argument is out of its range.
     """
 
-    # after hooks that change the model, such as those that load weights
-    priority = 'LOW'
+    # what other hooks do with the model after a step is not measured
+    priority = 'VERY_HIGH'
 
     def __init__(
         self,
@@ -429,8 +429,8 @@ class EliminationSingularityHook(Hook):
 def _is_compiled(module: nn.Module) -> bool:
     if getattr(module, '_compiled_call_impl', None) is not None:
         return True
-    # mmengine compiles a model's train_step
-    return isinstance(module, torch._dynamo.OptimizedModule) or any(
+    # torch.compile(module) wraps forward, mmengine's compile=True train_step
+    return any(
         hasattr(getattr(module, name, None), '_torchdynamo_orig_callable')
         for name in ('forward', 'train_step')
     )
@@ -472,7 +472,7 @@ def _sum_up(
             for t in (norm.running_mean, norm.running_var)
         ]
     if calls:
-        # the one time that the device is waited for
+        # here alone the device is waited for
         rows = torch.stack([call.rows for call in calls]).double().cpu()
     for call, (mean, var, positive, *own) in zip(calls, rows if calls else ()):
         weight, first, second = _weighted(
@@ -535,14 +535,14 @@ def draw_history(runs: Dict[str, History], path: str) -> None:
         (
             lowest,
             'lowest margin of a channel',
-            'mean / std of the pre-activation',
+            'mean / std of its pre-activation',
             dict(cmap='inferno', vmin=-5, vmax=0),
             'both',
         ),
         (
             dead,
             'dead channels',
-            '% of the channels',
+            "% of the layer's",
             dict(cmap='inferno_r', vmin=0, vmax=_ceiling(dead.values())),
             'neither',
         ),
@@ -550,7 +550,8 @@ def draw_history(runs: Dict[str, History], path: str) -> None:
     one = len(runs) == 1
     height = 1.3 + 0.15 * max(len(layers), 6)
     figure = Figure(
-        figsize=(9, height if one else 2 * height), layout='constrained'
+        figsize=(max(9, 3 + 2 * len(runs)), height if one else 2 * height),
+        layout='constrained',
     )
     axes = figure.subplots(
         *((1, 2) if one else (2, len(runs))),
@@ -568,14 +569,12 @@ def draw_history(runs: Dict[str, History], path: str) -> None:
                 rasterized=True,
                 **colours,
             )
-            axis.set_title(
-                f'{name}: {title}' if name else title, fontsize='medium'
-            )
+            axis.set_title(title if one else name, fontsize='medium')
             axis.set_xlabel('training step')
         bar = figure.colorbar(
             mesh, ax=list(row), extend=extend, fraction=0.05, pad=0.02
         )
-        bar.set_label(unit)
+        bar.set_label(unit if one else f'{title}\n({unit})')
         row[0].set_yticks(
             [i + 0.5 for i in range(len(layers))], layers, fontsize=7
         )

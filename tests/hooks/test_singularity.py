@@ -3,11 +3,10 @@
 import contextlib
 import copy
 import json
-import logging
 import os
 import runpy
 import uuid
-from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import pytest
@@ -623,8 +622,10 @@ def test_plot_shows_the_numbers(tmp_path):
 
 def test_layers_of_other_norms_share_a_row(tmp_path):
     def differ(*names):
+        keys = ('dead', 'margin_min')
         runs = {
-            name: [(50, {f'singularity/{name}/dead': 0.0})] for name in names
+            name: [(50, {f'singularity/{name}/{key}': 0.0 for key in keys})]
+            for name in names
         }
         path = tmp_path / 'rows.png'
         draw_history(runs, str(path))
@@ -672,7 +673,7 @@ def test_validation_is_not_measured(tmp_path):
 
     class Validate(Hook):
         def after_train_iter(self, runner, *args, **kwargs):
-            body(torch.randn(2, 3, 6, 6) * 9 + 7)
+            runner.model(torch.randn(2, 3, 6, 6) * 9 + 7)
 
     hook = EliminationSingularityHook(interval=2, window=2)
     train(body, images(2), tmp_path, hook, Validate())
@@ -696,25 +697,39 @@ def test_resumed_within_a_window(tmp_path):
     check(hook.results['layers']['body.norm'], body.kept['norm'][:1])
 
 
-def test_compiled_models_are_left_alone(tmp_path, caplog):
-    body = Kept(NORMS['GN'])
-    hook = EliminationSingularityHook(interval=1, window=1)
-    model = Net(body)
+def compile_in_place(model):
     model.body.head.compile(backend='eager')
-    logs = []
 
-    class Listen(Hook):
-        priority = 'VERY_HIGH'
 
-        def before_train(self, runner):
-            handler = logging.Handler()
-            handler.emit = lambda record: logs.append(record.getMessage())
-            runner.logger.addHandler(handler)
+def compile_wrapped(model):
+    model.body.head = torch.compile(model.body.head, backend='eager')
 
-    train(model, images(1), tmp_path, hook, Listen())
-    assert any('torch.compile hides' in line for line in logs)
-    assert hook.results is None and body.hooks == [0]
-    assert not list(Path(tmp_path).rglob('singularity.png'))
+
+def compile_step(model):  # as mmengine does for compile=True
+    model.train_step = torch.compile(model.train_step, backend='eager')
+
+
+@pytest.mark.parametrize(
+    'way', [compile_in_place, compile_wrapped, compile_step]
+)
+def test_compiled_models_are_left_alone(way, tmp_path):
+    hook = EliminationSingularityHook(interval=1, window=1)
+    model = Net(Kept(NORMS['GN']))
+    way(model)
+    warnings = []
+    runner = SimpleNamespace(
+        model=model, iter=0, logger=SimpleNamespace(warning=warnings.append)
+    )
+    hook.before_train(runner)
+    hook.before_train_iter(runner, 0)
+    (warning,) = warnings
+    assert 'torch.compile hides' in warning
+    assert not any(
+        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
+    )
+    hook.after_train_iter(runner, 0)
+    hook.after_train(runner)
+    assert hook.results is None
 
 
 @pytest.mark.parametrize(
