@@ -25,8 +25,8 @@ pytest.importorskip(
 
 def study(python, folder, *words, code=0):
     return python(
-        STUDY, '--epochs', 1, '--work-dir', folder, *words, code=code,
-        COLUMNS='200',
+        STUDY, '--epochs', 1, '--workers', 1, '--work-dir', folder, *words,
+        code=code, COLUMNS='200',
     )  # fmt: skip
 
 
@@ -84,6 +84,10 @@ def test_shapes(task, shapes, tmp_path, python):
     assert dict(det='Mask R-CNN', seg='FCN')[task] in out
     assert all(0 < error <= 100 for error in results(tmp_path).values())
     assert not list(tmp_path.rglob('*.pth'))
+    with (tmp_path / 'results.csv').open() as file:
+        near = {r['norm']: r['near_percent'] for r in csv.DictReader(file)}
+    # the network's 3 steps and 50 a window: the hook has nothing yet
+    assert near == {'in': '', 'bcn-ws': ''}
 
 
 @pytest.mark.parametrize('norm', [*NORMS, 'bcn-ws,momentum=0.2'])

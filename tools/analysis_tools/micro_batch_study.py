@@ -7,6 +7,9 @@ every number of images per step and every seed. All runs of a task see the
 same number of images; the learning rate grows with the square root of the
 images per step, the same for all norms. Runs that are done are kept, so that
 the same command goes on where it was stopped, and a larger one adds to it.
+On shapes, EliminationSingularityHook watches too: its logs, for
+plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the
+channels that was dead or near elimination at the end.
 
 Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws. Arguments
 of the layer may follow, as in bcn-ws,momentum=0.1,start=average.
@@ -246,12 +249,14 @@ def shapes_config(run: Run) -> Config:
     )
     cfg.default_hooks.logger.log_metric_by_epoch = False
     cfg.log_processor = dict(type='LogProcessor', by_epoch=False)
+    cfg.custom_hooks.append(dict(type='EliminationSingularityHook'))
     cfg.randomness = dict(seed=run.seed)
     return cfg
 
 
-def train_shapes(run: Run, folder: Path) -> float:
-    """Returns 100 less the metric in percent."""
+def train_shapes(run: Run, folder: Path) -> dict:
+    """Returns ``error``, 100 less the metric in percent, and what part of the
+    channels was ``dead`` or ``near`` elimination at last, in percent too."""
     folder.mkdir(parents=True, exist_ok=True)
     shapes_config(run).dump(folder / 'config.py')
     begun = time.time()
@@ -262,22 +267,26 @@ def train_shapes(run: Run, folder: Path) -> float:
             cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
             stdout=log, stderr=subprocess.STDOUT, check=True,
         )  # fmt: skip
-    name, factor = METRICS[run.task]
-    # mmdet writes no metric for a model that finds nothing at all
-    value = 0.0
+    scalars = {}
     for file in folder.glob('*/vis_data/scalars.json'):
         if file.stat().st_mtime >= begun:
             for line in file.read_text().splitlines():
-                value = json.loads(line).get(name, value)
-    return 100 - factor * value
+                scalars.update(json.loads(line))
+    name, factor = METRICS[run.task]
+    # mmdet writes no metric for a model that finds nothing at all
+    result = dict(error=100 - factor * scalars.get(name, 0.0))
+    for key in ('dead', 'near'):  # of the norms that the hook knows
+        if f'singularity/{key}' in scalars:
+            result[key] = 100 * scalars[f'singularity/{key}']
+    return result
 
 
 # --- all of them ----------------------------------------------------------
 
 
-def perform(run: Run, folder: Path) -> float:
+def perform(run: Run, folder: Path) -> dict:
     if run.task == 'digits':
-        return train_digits(run)
+        return dict(error=train_digits(run))
     return train_shapes(run, folder / 'logs' / run.name)
 
 
@@ -285,7 +294,7 @@ def work(run: Run, folder: Path) -> dict:
     """Train; a run that fails is recorded too, and tried again next time."""
     begun, record = time.monotonic(), run._asdict()
     try:
-        record['error'] = perform(run, folder)
+        record.update(perform(run, folder))
         if not math.isfinite(record['error']):
             raise ArithmeticError('the error is not finite')
     except Exception as e:
@@ -343,6 +352,8 @@ def study(runs: List[Run], args, console: Console) -> List[dict]:
     records = [record for record in records if record]
     if records:
         console.print(f'{len(records)} of {len(runs)} runs are done already')
+    # of mmengine, about its use of pkg_resources, from every worker
+    os.environ.setdefault('PYTHONWARNINGS', 'ignore::UserWarning')
     pool = ProcessPoolExecutor(
         args.workers,
         multiprocessing.get_context('spawn'),
@@ -408,6 +419,11 @@ def summarize(records: List[dict]) -> Dict[Key, dict]:
             se=float(spread / max(len(values), 1) ** 0.5),
             seeds=len(values),
             failed=len(members) - len(values),
+            **{
+                key: float(np.mean(known)) if known else None
+                for key in ('dead', 'near')
+                for known in [[r[key] for r in members if key in r]]
+            },
         )
     return rows
 
@@ -418,7 +434,7 @@ def write_csv(rows: Dict[Key, dict], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(
             ['task', 'norm', 'images_per_step', 'error_mean', 'error_sd',
-             'error_se', 'seeds', 'failed']
+             'error_se', 'seeds', 'failed', 'dead_percent', 'near_percent']
         )  # fmt: skip
         for key, row in rows.items():
             writer.writerow([*key, *row.values()])
@@ -474,7 +490,7 @@ def tables(rows: Dict[Key, dict], norms: List[str]) -> List[Table]:
             continue
         table = Table(
             title=f'{task.title}: {task.error}, mean +- standard deviation '
-            f'over seeds'
+            f'over seeds (their number)'
         )
         table.add_column('images per step')
         for n in images:
@@ -494,6 +510,8 @@ def _cell(row: dict) -> str:
     if row['seeds'] > 1:
         text += f' +- {row["sd"]:.2f}'
     text += f' ({row["seeds"]})'
+    if row['near'] is not None:
+        text += f', near {row["near"]:.1f}%'
     return text + (f', {row["failed"]} failed' if row['failed'] else '')
 
 
