@@ -94,10 +94,11 @@ def test_shapes(task, shapes, tmp_path, python):
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
     monkeypatch.setenv('SHAPES_ROOT', str(shapes))
-    run = Run(task, norm, images=2, seed=5, epochs=3, pictures=11)
+    run = Run(task, norm, 2, seed=5, epochs=3, pictures=11, rate=0.01)
     assert run.steps == 18
     cfg = shapes_config(run)
     assert cfg.train_cfg.max_iters == 18 and cfg.randomness.seed == 5
+    assert cfg.optim_wrapper.optimizer.lr == 0.01
     init_default_scope(cfg.default_scope)
     layers = list(MODELS.build(cfg.model).modules())
     kinds = {
@@ -118,7 +119,7 @@ def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
 
 
 def test_the_digits_are_learned_and_repeatable():
-    run = Run('digits', 'bn', 16, 0, epochs=1, pictures=1000)
+    run = Run('digits', 'bn', 16, 0, epochs=1, pictures=1000, rate=0.1)
     errors = [micro_batch_study.train_digits(run) for _ in range(2)]
     assert errors[0] == errors[1] < 40  # 90 by chance
 
