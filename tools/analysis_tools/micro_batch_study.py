@@ -6,11 +6,11 @@ value per channel, which BN and IN refuse), each from scratch with every norm,
 every number of images per step and every seed. All runs of a task see the
 same number of images. The learning rate is the same for all norms; it grows
 with the images per step, on shapes, where it is large already at one, with
-their square root. Runs that are done are kept, so that
-the same command goes on where it was stopped, and a larger one adds to it.
-On shapes, EliminationSingularityHook watches too: its logs, for
-plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the
-channels that was dead or near elimination at the end.
+their square root. Runs that are done are kept, so that the same command goes
+on where it was stopped, and a larger one adds to it. On shapes,
+EliminationSingularityHook watches too: its logs, for plot_singularity.py, are
+in WORK_DIR/logs, and "near" is the part of the channels that was dead or near
+elimination at the end.
 
 Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws. Arguments
 of the layer may follow, as in bcn-ws,momentum=0.1,start=average.
