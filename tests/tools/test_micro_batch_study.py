@@ -1,8 +1,13 @@
 """The study of error against images per step, on a very small scale."""
 
+import contextlib
 import csv
 import json
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -147,6 +152,39 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path, python):
     assert 'error: 1 runs failed' in shown
     again = study(python, tmp_path, *words, 'bcn,num_groups=7', code=1)
     assert '1 of 2 runs are done already' in again
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc/self'), reason='needs /proc')
+def test_leaves_no_process_behind(shapes, tmp_path):
+    """Ended in the middle of a training, by what a scheduler sends."""
+    process = subprocess.Popen(
+        [sys.executable, STUDY, '--tasks', 'det', '--norms', 'bn', '--images',
+         '1', '--seeds', '1', '--data', shapes, '--work-dir', tmp_path],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+    def others():
+        found = []
+        for file in Path('/proc').glob('[0-9]*/cmdline'):
+            with contextlib.suppress(OSError):
+                if str(tmp_path) in file.read_text():
+                    found.append(int(file.parent.name))
+        return found
+
+    log = tmp_path / 'logs' / 'det_bn_1_s0' / 'train.log'
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.2)
+    assert len(others()) > 1
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 1 and said.strip().endswith('error: stopped')
+    deadline = time.monotonic() + 30
+    while others():
+        assert time.monotonic() < deadline, others()
+        time.sleep(0.2)
 
 
 def test_variants_of_a_norm():

@@ -258,6 +258,9 @@ def shapes_config(run: Run) -> Config:
     return cfg
 
 
+_children: List[subprocess.Popen] = []
+
+
 def train_shapes(run: Run, folder: Path) -> dict:
     """Returns ``error``, 100 less the metric in percent, and what part of the
     channels was ``dead`` or ``near`` elimination at last, in percent too."""
@@ -265,12 +268,16 @@ def train_shapes(run: Run, folder: Path) -> dict:
     shapes_config(run).dump(folder / 'config.py')
     begun = time.time()
     with (folder / 'train.log').open('w') as log:
-        subprocess.run(
+        process = subprocess.Popen(
             [sys.executable, 'tools/train.py', folder / 'config.py',
              '--work-dir', folder],
             cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            stdout=log, stderr=subprocess.STDOUT, check=True,
+            stdout=log, stderr=subprocess.STDOUT,
         )  # fmt: skip
+        _children.append(process)
+        if process.wait():
+            raise RuntimeError(f'training failed, see {log.name}')
+        _children.remove(process)
     scalars = {}
     for file in folder.glob('*/vis_data/scalars.json'):
         if file.stat().st_mtime >= begun:
@@ -352,9 +359,16 @@ def known(run: Run, folder: Path) -> dict:
     return record if same and record.get('error') is not None else {}
 
 
-def _ignore_interrupts() -> None:
+def _begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent deals with it
+    signal.signal(signal.SIGTERM, _end_worker)
     torch.set_num_threads(1)
+
+
+def _end_worker(*_) -> None:
+    for process in _children:
+        process.kill()
+    os._exit(1)
 
 
 def study(runs: List[Run], args, console: Console) -> List[dict]:
@@ -369,7 +383,7 @@ def study(runs: List[Run], args, console: Console) -> List[dict]:
     pool = ProcessPoolExecutor(
         args.workers,
         multiprocessing.get_context('spawn'),
-        _ignore_interrupts,
+        _begin_worker,
     )
     bar = Progress(
         TextColumn('{task.description}'),
@@ -596,6 +610,8 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     console = Console()
+    # ends the workers too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit('error: stopped'))
     with one_line_errors():
         counts = [args.workers, *(args.images or ())]
         counts += [n for n in (args.seeds, args.epochs) if n is not None]
