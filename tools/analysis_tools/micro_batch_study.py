@@ -33,6 +33,7 @@ from typing import Dict, List, NamedTuple, Tuple
 import numpy as np
 import torch
 import yaml
+from matplotlib.ticker import LogLocator
 from measuring import plt, save_figure, write_json
 from mmcv.cnn import ConvModule
 from mmengine.config import Config
@@ -496,7 +497,11 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
             )  # fmt: skip
         axis.set_xscale('log', base=2)
         axis.set_xticks(ticks, ticks)
+        axis.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
+        axis.set_yscale('log')
         axis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axis.yaxis.set_major_formatter('{x:g}')
         axis.set_xlabel('images per step')
         axis.set_ylabel(TASKS[task].error)
         axis.set_title(TASKS[task].title)
