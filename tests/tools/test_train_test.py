@@ -276,9 +276,9 @@ def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
         message = r"\d+ of the model's \d+ tensors match, out of \d+"
     elif kind == 'nan':
         checkpoint = torch.load(checkpoints(folder)[-1])
-        checkpoint['state_dict']['backbone.bn1.bias'][0] = torch.nan
+        checkpoint['state_dict']['backbone.layer1.0.bn1.bias'][0] = torch.nan
         torch.save(checkpoint, path)
-        message = r'given\.pth: backbone\.bn1\.bias holds NaN'
+        message = r'given\.pth: backbone\.layer1\.0\.bn1\.bias holds NaN'
     else:
         message = 'given.pth does not exist'
     out = tmp_path / 'out.pkl'
