@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib.util
 import json
 import os
 import subprocess
@@ -23,8 +24,9 @@ from micro_batch_study import NORMS, Run, parse_norm, shapes_config  # noqa: E40
 
 from bcn_mm import BCN  # noqa: E402
 
-pytest.importorskip(
-    'sklearn', reason="the digits need scikit-learn: pip install '.[study]'"
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec('sklearn') is None,
+    reason="the digits need scikit-learn: pip install '.[study]'",
 )
 
 
@@ -43,6 +45,7 @@ def results(folder):
     }
 
 
+@needs_digits
 @pytest.mark.slow
 def test_goes_on_and_grows(tmp_path, python):
     words = '--tasks', 'digits', '--images', '8', '16', '--norms'
@@ -123,6 +126,7 @@ def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
     assert ('-ws' in norm) == any('WSConv' in type(m).__name__ for m in layers)
 
 
+@needs_digits
 def test_the_digits_are_learned_and_repeatable():
     run = Run('digits', 'bn', 16, 0, epochs=1, pictures=1000, rate=0.1)
     errors = [micro_batch_study.train_digits(run) for _ in range(2)]
@@ -144,6 +148,7 @@ def test_bad_arguments(words, message, tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
+@needs_digits
 @pytest.mark.slow
 def test_a_failed_run_is_said_and_tried_again(tmp_path, python):
     words = '--tasks', 'digits', '--images', 16, '--seeds', 1, '--norms', 'bn'
