@@ -7,6 +7,7 @@ and :func:`offer_configs`.
 
 import argparse
 import atexit
+import gc
 import glob
 import importlib.util
 import os
@@ -405,8 +406,7 @@ def _prepare_launch(cfg: Config) -> None:
     if 'MASTER_ADDR' not in os.environ:
         os.environ['MASTER_ADDR'] = _first_host(cfg.launcher)
     torch.distributed.init_process_group('gloo')
-    # gloo's threads abort the interpreter if they outlive it
-    atexit.register(torch.distributed.destroy_process_group)
+    atexit.register(_leave_gloo)
     if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
         _keep_fsdp_on_cpu(cfg.strategy)
     cfg.setdefault('model_wrapper_cfg', {})
@@ -417,6 +417,15 @@ def _prepare_launch(cfg: Config) -> None:
         find_unused_parameters=cfg.get('find_unused_parameters', False),
     ).items():
         cfg.model_wrapper_cfg.setdefault(key, value)
+
+
+def _leave_gloo() -> None:
+    """End gloo's threads, which abort an interpreter that they outlive.
+
+    A group ends with its last reference; models hold some, in cycles.
+    """
+    torch.distributed.destroy_process_group()
+    gc.collect()
 
 
 def _keep_fsdp_on_cpu(strategy: dict) -> None:

@@ -1,5 +1,8 @@
-"""What training really starts from, for the tests of ``--resume``."""
+"""What training starts from and ends with, for tests of the commands."""
 
+import atexit
+import os
+import re
 from pathlib import Path
 
 import torch
@@ -75,3 +78,23 @@ class UnevenSampler(DefaultSampler):
 
     def __len__(self):
         return self.num_samples - self.rank
+
+
+@atexit.register
+def name_threads() -> None:
+    """Print the threads that outlive all else, where the system lists them.
+
+    Configs are read before a process group starts, so that this comes last.
+    """
+    folder = Path('/proc/self/task')
+    if 'RANK' in os.environ and folder.is_dir():
+        names = sorted(
+            (f / 'comm').read_text().strip() for f in folder.iterdir()
+        )
+        print('threads at exit:', *names, flush=True)
+
+
+def check_threads(output: str) -> None:
+    """Assert that gloo's threads, which can abort a process, are gone."""
+    assert 'threads at exit:' in output or not os.path.isdir('/proc/self/task')
+    assert not re.findall('threads at exit:.*gloo.*', output)

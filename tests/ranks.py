@@ -1,6 +1,7 @@
 """Run a function on several ranks of a process group, without a GPU."""
 
 import datetime
+import gc
 import os
 import tempfile
 
@@ -20,6 +21,7 @@ def _start(rank, function, world, folder, args):
     result = function(rank, world, *args)
     torch.save(result, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
+    gc.collect()  # gloo's threads end with the last reference to the group
 
 
 def on_ranks(world: int, function, *args) -> list:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run
+from dump_state import check_threads
 from test_train_test import (
     CONFIGS,
     QUIET,
@@ -74,6 +75,7 @@ def train_pair(task, folder, shapes, *more) -> Path:
         *more, **environment(shapes),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+    check_threads(done.stdout)
     return folder
 
 
@@ -141,6 +143,7 @@ def test_fsdp(pair, shapes, tmp_path, python):
     config = tmp_path / 'fsdp.py'
     config.write_text(
         f"_base_ = '{ROOT / CONFIG}'\n"
+        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
         "runner_type = 'FlexibleRunner'\n"
         "strategy = dict(type='FSDPStrategy', state_dict_cfg='full',\n"
         '    model_wrapper=dict(use_orig_params=True, '
@@ -154,6 +157,7 @@ def test_fsdp(pair, shapes, tmp_path, python):
         *OPTIONS, **environment(shapes),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:]
+    check_threads(done.stdout)
     assert losses(tmp_path) == pytest.approx(losses(pair), rel=1e-2)
     python('tools/test.py', CONFIG, checkpoints(tmp_path)[-1], '--work-dir',
            tmp_path / 'test', *OPTIONS, SHAPES_ROOT=str(shapes))  # fmt: skip
