@@ -82,6 +82,26 @@ def test_goes_on_and_grows(tmp_path, python):
     assert not list(tmp_path.rglob('*.part*'))
 
 
+@needs_digits
+def test_momentum_follows_the_learning_rate(monkeypatch):
+    """Down half a cosine over 20 steps."""
+    built = []
+    build = micro_batch_study.classifier
+    monkeypatch.setattr(
+        micro_batch_study,
+        'classifier',
+        lambda norm: built.append(build(norm)) or built[-1],
+    )
+    for option in ('', ',follow_lr=true'):
+        norm = f'bcn,momentum=0.4{option}'
+        micro_batch_study.train_digits(
+            Run('digits', norm, 100, seed=0, epochs=2, pictures=1000, rate=0.1)
+        )
+    for model, last in zip(built, (0.4, 0.2 * (1 + np.cos(np.pi * 19 / 20)))):
+        momenta = [m.momentum for m in model.modules() if isinstance(m, BCN)]
+        assert momenta == pytest.approx([last] * 4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_shapes(task, shapes, tmp_path, python):
@@ -138,6 +158,7 @@ def test_the_digits_are_learned_and_repeatable():
     [
         (['--norms', 'bm'], "norm 'bm' is not one of bn, ln"),
         (['--norms', 'bcn,momentum'], 'arguments look like momentum=0.1'),
+        (['--norms', 'bcn,follow_lr=true'], 'follow_lr is for the digits'),
         (['--images', '0'], 'must be positive'),
         (['--seeds', '0'], 'must be positive'),
     ],

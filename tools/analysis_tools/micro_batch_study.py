@@ -13,7 +13,9 @@ in WORK_DIR/logs, and "near" is the part of the channels that was dead or near
 elimination at the end.
 
 Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws. Arguments
-of the layer may follow, as in bcn-ws,momentum=0.1,start=average.
+of the layer may follow, as in bcn-ws,momentum=0.1,start=average; and on the
+digits follow_lr=true, which scales BCN's momentum as the schedule scales the
+learning rate.
 """
 
 import argparse
@@ -50,7 +52,7 @@ from rich.progress import (
 from rich.table import Table
 from torch import nn
 
-import bcn_mm  # noqa: F401
+from bcn_mm import BCN
 from bcn_mm.runtime import InputError, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,6 +63,7 @@ class Norm(NamedTuple):
     norm_cfg: dict
     conv_cfg: dict
     colour: str
+    follow_lr: bool = False
 
 
 # 16 groups, as in the quickstart's configs: layers have 32 channels or more
@@ -92,7 +95,7 @@ TASKS = {
         'digits, small CNN', 'test error (%)', 10, 3, 0.00625, 1, 5e-3, 5e-4
     ),
     'det': Task(
-        'shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12
+        'shapes, Mask R-CNN', '100 - box mAP', 4, 2, 0.02, 0.5, 0.05, 0.12
     ),
     'seg': Task('shapes, FCN', '100 - mIoU (%)', 4, 1, 0.05, 0.5, 0.03, 0.06),
 }
@@ -144,7 +147,9 @@ def parse_norm(text: str) -> Norm:
         raise InputError(f'norm {text!r}: arguments look like momentum=0.1')
     more = {key: yaml.safe_load(value) for key, _, value in pairs}
     title = ', '.join([norm.title, *(f'{k} {v}' for k, v in more.items())])
-    return norm._replace(title=title, norm_cfg={**norm.norm_cfg, **more})
+    follow = bool(more.pop('follow_lr', False))
+    norm_cfg = {**norm.norm_cfg, **more}
+    return norm._replace(title=title, norm_cfg=norm_cfg, follow_lr=follow)
 
 
 # --- the digits -----------------------------------------------------------
@@ -188,7 +193,13 @@ def train_digits(run: Run) -> float:
     torch.set_num_threads(1)
     torch.manual_seed(run.seed)
     pictures, classes = digits()
-    model = classifier(parse_norm(run.norm)).train()
+    norm = parse_norm(run.norm)
+    model = classifier(norm).train()
+    following = {
+        layer: layer.momentum
+        for layer in model.modules()
+        if norm.follow_lr and isinstance(layer, BCN)
+    }
     optimizer = torch.optim.SGD(
         model.parameters(),
         lr=run.rate,
@@ -198,6 +209,10 @@ def train_digits(run: Run) -> float:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
     for _ in range(run.epochs):
         for chosen in torch.randperm(DIGITS).split(run.images):
+            for layer, momentum in following.items():
+                layer.momentum = (
+                    momentum * schedule.get_last_lr()[0] / run.rate
+                )
             loss = nn.functional.cross_entropy(
                 model(pictures[chosen]), classes[chosen]
             )
@@ -625,7 +640,8 @@ def main() -> None:
                 '--images, --seeds, --epochs and --workers must be positive'
             )
         for norm in args.norms or ():
-            parse_norm(norm)
+            if parse_norm(norm).follow_lr and args.tasks != ['digits']:
+                raise InputError(f'norm {norm!r}: follow_lr is for the digits')
         if 'digits' in args.tasks:
             digits()
         if set(args.tasks) & set(CONFIGS):
