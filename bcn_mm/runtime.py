@@ -302,6 +302,17 @@ def check_pretrained(cfg: Config) -> None:
         )
 
 
+def forget_pretrained(model: dict) -> None:
+    """Have a model's config start from random weights, in place."""
+    for _, node in _dicts(model, ''):
+        node.pop('pretrained', None)
+        init_cfg = node.get('init_cfg')
+        if isinstance(init_cfg, (list, tuple)):
+            node['init_cfg'] = [e for e in init_cfg if 'checkpoint' not in e]
+        elif 'checkpoint' in (init_cfg or ()):
+            node['init_cfg'] = None
+
+
 def _dicts(node: object, name: str) -> Iterator[Tuple[str, dict]]:
     """All dicts in a part of a config, with their names in it."""
     if isinstance(node, dict):

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
 from mmengine.runner import load_checkpoint, save_checkpoint
@@ -23,6 +23,7 @@ from bcn_mm.runtime import (
     build_runner,
     check_match,
     find_newest_checkpoint,
+    forget_pretrained,
     load_config,
     one_line_errors,
     read_checkpoint,
@@ -255,3 +256,21 @@ def test_newest_checkpoint(tmp_path):
     assert newest == str(tmp_path / 'iter_10.pth')
     named.write_text('elsewhere.pth')
     assert find_newest_checkpoint(str(tmp_path)) == 'elsewhere.pth'
+
+
+def test_forget_pretrained():
+    """Wherever a config keeps them, and nothing else."""
+    load = dict(type='Pretrained', checkpoint='a.pth')
+    other = dict(type='Kaiming', layer='Conv2d')
+    model = ConfigDict(
+        pretrained='b.pth',
+        backbone=dict(depth=18, init_cfg=load, parts=[dict(init_cfg=load)]),
+        neck=dict(init_cfg=[other, load]),
+        head=dict(init_cfg=other),
+    )
+    forget_pretrained(model)
+    assert model.to_dict() == dict(
+        backbone=dict(depth=18, init_cfg=None, parts=[dict(init_cfg=None)]),
+        neck=dict(init_cfg=[other]),
+        head=dict(init_cfg=other),
+    )

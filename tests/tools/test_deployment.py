@@ -48,6 +48,18 @@ def test_detector(real_data, tmp_path, python):
 
 @pytest.mark.slow
 @pytest.mark.real_data
+def test_a_recipe_without_its_checkpoint(real_data, tmp_path, python):
+    """From random weights that a ResNet-50 keeps exact at its own scale."""
+    shown = python(
+        TOOL, 'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
+        '--out', tmp_path / 'model.onnx', '--exporter', 'trace', '--count', 1,
+        '--images', real_data / 'coco' / 'val2017',
+    )  # fmt: skip
+    assert re.search('Wrote .* on 1 pictures of 8..x12', shown), shown
+
+
+@pytest.mark.slow
+@pytest.mark.real_data
 def test_segmenter(real_data, tmp_path, python, refused):
     """Its backbone, by the older exporter; and what is not exact enough."""
     out = tmp_path / 'model.onnx'

@@ -41,7 +41,12 @@ from torch import nn
 
 from bcn_mm import EliminationSingularityHook
 from bcn_mm.config import to_bcn
-from bcn_mm.runtime import InputError, load_config, one_line_errors
+from bcn_mm.runtime import (
+    InputError,
+    forget_pretrained,
+    load_config,
+    one_line_errors,
+)
 
 # the first is what the others are compared with
 VARIANTS = {
@@ -73,10 +78,7 @@ def swap(cfg: Config, norm_cfg: dict, conv_cfg: dict) -> ConfigDict:
     for norm in norms:
         norm.clear()
         norm.update(norm_cfg)
-    for node in dicts(model):
-        if 'checkpoint' in (node.get('init_cfg') or ()):
-            node.init_cfg = None
-    model.pop('pretrained', None)
+    forget_pretrained(model)
     return model
 
 

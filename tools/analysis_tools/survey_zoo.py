@@ -32,7 +32,7 @@ from mmengine.config import Config
 from mmengine.logging import MessageHub, MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.structures import BaseDataElement
-from pictures import dicts, draw
+from pictures import draw
 from rich.console import Console
 from rich.table import Table
 
@@ -45,7 +45,11 @@ from bcn_mm.config import (
     to_bcn,
     write_config,
 )
-from bcn_mm.runtime import InputError, one_line_errors
+from bcn_mm.runtime import (
+    InputError,
+    forget_pretrained,
+    one_line_errors,
+)
 
 PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation')
 # Height and width of the pictures for training steps; where the stock model
@@ -263,10 +267,7 @@ def train(cfg: Config, batch_size: int, shape) -> dict:
     if preprocessor.get('size'):
         preprocessor.size = shape
     # as the runner starts, but from random weights
-    for node in dicts(cfg.model):
-        node.pop('pretrained', None)
-        if 'checkpoint' in (node.get('init_cfg') or ()):
-            node.init_cfg = None
+    forget_pretrained(cfg.model)
     with in_scope(cfg) as registry:
         model = build_model(cfg.model, registry, 'cpu')
         model.init_weights()

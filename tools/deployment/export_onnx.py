@@ -38,6 +38,7 @@ from bcn_mm.runtime import (
     check_match,
     check_picture,
     find_pictures,
+    forget_pretrained,
     load_config,
     one_line_errors,
     read_checkpoint,
@@ -135,7 +136,11 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def build(cfg: Config, checkpoint: str = None) -> nn.Module:
-    """The model in evaluation mode, with the weights of a checkpoint."""
+    """The model in evaluation mode, with the weights of a checkpoint.
+
+    Without one they are random, as training would start from: layers as torch
+    makes them can be so ill-conditioned together that no check succeeds.
+    """
     if 'model' not in cfg:
         raise InputError(f'{cfg.filename} has no model')
     state = read_checkpoint(checkpoint) if checkpoint else None
@@ -144,8 +149,12 @@ def build(cfg: Config, checkpoint: str = None) -> nn.Module:
     # segmenters and classifiers otherwise take it from the top level
     if 'data_preprocessor' in cfg:
         node.setdefault('data_preprocessor', cfg.data_preprocessor)
+    if state is None:
+        forget_pretrained(node)
     model = MODELS.build(node)
-    if state is not None:
+    if state is None:
+        model.init_weights()
+    else:
         check_match(model, state, checkpoint)
         model.load_state_dict(state['state_dict'])
     model.eval()
