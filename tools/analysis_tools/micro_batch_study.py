@@ -95,7 +95,7 @@ TASKS = {
         'digits, small CNN', 'test error (%)', 10, 3, 0.00625, 1, 5e-3, 5e-4
     ),
     'det': Task(
-        'shapes, Mask R-CNN', '100 - box mAP', 4, 2, 0.02, 0.5, 0.05, 0.12
+        'shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12
     ),
     'seg': Task('shapes, FCN', '100 - mIoU (%)', 4, 1, 0.05, 0.5, 0.03, 0.06),
 }
