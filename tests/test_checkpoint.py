@@ -1,20 +1,14 @@
 import copy
 import logging
-import random
-from pathlib import Path
 
 import authors
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from mmdet.models.backbones import ResNet, ResNeXt
-from mmdet.registry import DATASETS
-from mmdet.registry import MODELS as DET
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
 from mmengine.runner.checkpoint import load_checkpoint
@@ -455,75 +449,3 @@ def test_conversions_leave_their_input():
     from_authors(state, dialect='var')
     same(state, before)
     assert state._metadata == metadata
-
-
-# -- training from BatchNorm weights ------------------------------------------
-
-
-def retinanet(cfg, **backbone):
-    """Of ResNet-18; every layer trains."""
-    cfg = copy.deepcopy(cfg.model)
-    cfg.neck.in_channels = [64, 128, 256, 512]
-    cfg.backbone.update(depth=18, **backbone)
-    model = DET.build(cfg)
-    model.init_weights()
-    return model.train()
-
-
-def loss_of(model, pictures):
-    data = model.data_preprocessor(pseudo_collate(pictures), training=True)
-    return model.parse_losses(model(**data, mode='loss'))[0]
-
-
-def train(model, pictures, lr, batch_size=1):
-    """One pass over the pictures."""
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
-    for i in range(0, len(pictures), batch_size):
-        loss = loss_of(model, pictures[i : i + batch_size])
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 35)
-        optimizer.step()
-
-
-@pytest.mark.slow
-@pytest.mark.real_data
-def test_training_from_batch_norm_weights(real_data, tmp_path):
-    """After 20 steps of one picture the loss is below that from random
-    weights, in the mean of three seeds.
-
-    What ImageNet would give is stood in for by a BatchNorm detector's
-    backbone, trained on other pictures.
-    """
-    folder = Path('configs/retinanet')
-    recipe = Config.fromfile(folder / 'retinanet_r50_fpn_bcn-all_1x_coco.py')
-    usual = Config.fromfile(folder / 'retinanet_r50_fpn_syncbn-all_1x_coco.py')
-    for part in ('backbone', 'neck', 'bbox_head'):
-        usual.model[part].norm_cfg.type = 'BN'  # one process
-    data = recipe.train_dataloader.dataset
-    data.data_root = f'{real_data}/coco/'
-    (resize,) = [step for step in data.pipeline if step.type == 'Resize']
-    resize.scale = (128, 128)
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        data = DATASETS.build(data)
-        pictures = [data[i] for i in range(60)]
-        own, others = pictures[:20], pictures[20:]
-        model = retinanet(usual, init_cfg=None)
-        for _ in range(8):
-            random.shuffle(others)
-            train(model, others, 0.02, batch_size=4)
-        weights = str(tmp_path / 'resnet18.pth')
-        torch.save(model.backbone.state_dict(), weights)
-        pretrained = dict(type='Pretrained', checkpoint=weights)
-        gains = []
-        for seed in range(3):
-            end = []
-            for init_cfg in (None, pretrained):
-                torch.manual_seed(seed)
-                model = retinanet(recipe, init_cfg=init_cfg)
-                train(model, own, 0.002)
-                with torch.no_grad():
-                    end.append(np.mean([loss_of(model, [x]) for x in own]))
-            assert np.isfinite(end).all()
-            gains.append(end[0] - end[1])
-    assert np.mean(gains) > 0, gains
