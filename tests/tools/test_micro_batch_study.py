@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
@@ -20,7 +22,13 @@ from torch import nn
 STUDY = 'tools/analysis_tools/micro_batch_study.py'
 sys.path.insert(0, str((ROOT / STUDY).parent))
 import micro_batch_study  # noqa: E402
-from micro_batch_study import NORMS, Run, parse_norm, shapes_config  # noqa: E402
+from micro_batch_study import (  # noqa: E402
+    NORMS,
+    Run,
+    batches,
+    parse_norm,
+    shapes_config,
+)
 
 from bcn_mm import BCN  # noqa: E402
 
@@ -146,9 +154,34 @@ def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
     assert ('-ws' in norm) == any('WSConv' in type(m).__name__ for m in layers)
 
 
+@pytest.mark.parametrize('shift, images', [(0, 5), (1, 8), (2, 1)])
+def test_every_digit_is_shown_once_in_an_epoch_and_moved(shift, images):
+    torch.manual_seed(shift)
+    pictures = torch.rand(30, 1, 4, 4)
+    run = Run('digits', 'bn', images, 0, 40, len(pictures), 0.1, shift)
+    moves = range(-shift, shift + 1)
+    seen = {}
+    for shown, classes in batches(run, pictures, torch.arange(30)):
+        for picture, k in zip(shown, classes.tolist()):
+            seen.setdefault(k, []).append(picture[0].numpy())
+    found = set()
+    for k, shown in seen.items():
+        # what leaves on one side does not come back on the other
+        padded = np.pad(pictures[k, 0].numpy(), 2 * shift)
+        moved = {
+            np.roll(padded, move, (0, 1))[
+                2 * shift : 2 * shift + 4, 2 * shift : 2 * shift + 4
+            ].tobytes(): move
+            for move in itertools.product(moves, moves)
+        }
+        assert len(shown) == run.epochs
+        found.update(moved[picture.tobytes()] for picture in shown)
+    assert len(seen) == 30 and len(found) == (2 * shift + 1) ** 2
+
+
 @needs_digits
 def test_the_digits_are_learned_and_repeatable():
-    run = Run('digits', 'bn', 16, 0, epochs=1, pictures=1000, rate=0.1)
+    run = Run('digits', 'bn', 16, 0, 1, pictures=1000, rate=0.1, shift=1)
     errors = [micro_batch_study.train_digits(run) for _ in range(2)]
     assert errors[0] == errors[1] < 40  # 90 by chance
 
@@ -161,6 +194,7 @@ def test_the_digits_are_learned_and_repeatable():
         (['--norms', 'bcn,follow_lr=true'], 'follow_lr is for the digits'),
         (['--images', '0'], 'must be positive'),
         (['--seeds', '0'], 'must be positive'),
+        (['--shift', '-1'], 'must not be negative'),
     ],
 )
 def test_bad_arguments(words, message, tmp_path, refused):

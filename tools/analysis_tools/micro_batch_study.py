@@ -3,14 +3,14 @@
 Trains a classifier of scikit-learn's digits, the quickstart's Mask R-CNN and
 its DeepLabV3's backbone with a plain FCN head (DeepLab's image pooling has one
 value per channel, which BN and IN refuse), each from scratch with every norm,
-every number of images per step and every seed. All runs of a task see the
-same number of images. The learning rate is the same for all norms; it grows
-with the images per step, on shapes, where it is large already at one, with
-their square root. Runs that are done are kept, so that the same command goes
-on where it was stopped, and a larger one adds to it. On shapes,
-EliminationSingularityHook watches too: its logs, for plot_singularity.py, are
-in WORK_DIR/logs, and "near" is the part of the channels that was dead or near
-elimination at the end.
+every number of images per step and every seed. All runs of a task see the same
+number of images; those of digits are moved at random by up to a pixel. The
+learning rate is the same for all norms; it grows with the images per step, on
+shapes, where it is large already at one, with their square root. Runs that are
+done are kept, so that the same command goes on where it was stopped, and a
+larger one adds to it. On shapes, EliminationSingularityHook watches too: its
+logs, for plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of
+the channels that was dead or near elimination at the end.
 
 Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws. Arguments
 of the layer may follow, as in bcn-ws,momentum=0.1,start=average; and on the
@@ -30,7 +30,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import Dict, Iterator, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -92,7 +92,7 @@ class Task(NamedTuple):
 
 TASKS = {
     'digits': Task(
-        'digits, small CNN', 'test error (%)', 10, 3, 0.00625, 1, 5e-3, 5e-4
+        'digits, small CNN', 'test error (%)', 30, 5, 0.00625, 1, 5e-3, 5e-4
     ),
     'det': Task(
         'shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12
@@ -117,6 +117,7 @@ class Run(NamedTuple):
     epochs: int
     pictures: int  # in an epoch
     rate: float  # of learning
+    shift: int = 0  # in pixels, of digits
 
     @property
     def name(self) -> str:
@@ -188,6 +189,20 @@ def classifier(norm: Norm) -> nn.Sequential:
     )
 
 
+def batches(
+    run: Run, pictures: torch.Tensor, classes: torch.Tensor
+) -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """What is trained on, step by step: every picture once in an epoch, moved
+    at random by up to ``run.shift`` pixels down or up and to either side."""
+    size = pictures.shape[-1]
+    padded = nn.functional.pad(pictures, [run.shift] * 4)
+    places = padded.unfold(2, size, 1).unfold(3, size, 1)
+    for _ in range(run.epochs):
+        for chosen in torch.randperm(len(pictures)).split(run.images):
+            down, right = torch.randint(places.shape[2], (2, len(chosen)))
+            yield places[chosen, :, down, right], classes[chosen]
+
+
 def train_digits(run: Run) -> float:
     """Returns the error on the 797 pictures not trained on, in percent."""
     torch.set_num_threads(1)
@@ -207,19 +222,14 @@ def train_digits(run: Run) -> float:
         weight_decay=1e-4,
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-    for _ in range(run.epochs):
-        for chosen in torch.randperm(DIGITS).split(run.images):
-            for layer, momentum in following.items():
-                layer.momentum = (
-                    momentum * schedule.get_last_lr()[0] / run.rate
-                )
-            loss = nn.functional.cross_entropy(
-                model(pictures[chosen]), classes[chosen]
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for shown, true in batches(run, pictures[:DIGITS], classes[:DIGITS]):
+        for layer, momentum in following.items():
+            layer.momentum = momentum * schedule.get_last_lr()[0] / run.rate
+        loss = nn.functional.cross_entropy(model(shown), true)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     model.eval()
     with torch.no_grad():
         found = model(pictures[DIGITS:]).argmax(1)
@@ -357,6 +367,7 @@ def grid(args: argparse.Namespace) -> List[Run]:
                 epochs,
                 pictures,
                 task.rate * n**task.power,
+                args.shift if name == 'digits' else 0,
             )
             for norm in norms or NORMS
             for n in images or (1, 2, 4, 8, 16)
@@ -600,7 +611,15 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('--seeds', type=int, help='how many (3)')
     parser.add_argument(
-        '--epochs', type=int, help='of every run (digits 10, shapes 4)'
+        '--epochs', type=int, help='of every run (digits 30, shapes 4)'
+    )
+    parser.add_argument(
+        '--shift',
+        type=int,
+        default=1,
+        metavar='PIXELS',
+        help='by how much the digits trained on are moved at most '
+        '(%(default)s)',
     )
     parser.add_argument(
         '--workers',
@@ -639,6 +658,8 @@ def main() -> None:
             raise InputError(
                 '--images, --seeds, --epochs and --workers must be positive'
             )
+        if args.shift < 0:
+            raise InputError('--shift must not be negative')
         for norm in args.norms or ():
             if parse_norm(norm).follow_lr and args.tasks != ['digits']:
                 raise InputError(f'norm {norm!r}: follow_lr is for the digits')
