@@ -362,7 +362,6 @@ def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
     kind = {'BCN': BCN, 'SyncBCN': SyncBCN}[norm]
     norms = [m for m in net.modules() if type(m) is kind]
     assert len(norms) == 53
-    assert all((m.weight == 1).all() and (m.bias == 0).all() for m in norms)
     net = backbone(
         dialect=None, depth=50, norm_cfg=dict(type=norm),
         checkpoint=tmp_path / 'resnet50.pth',
@@ -370,6 +369,35 @@ def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
     monkeypatch.setattr(BCN, 'forward', batch_stage_only)
     with torch.no_grad():
         assert_close(net(x), bn(x), 1e-6)
+
+
+def test_batch_norm_network_is_kept_in_the_mean():
+    """Its residual branches do not grow, as they would with weight 1."""
+    torch.manual_seed(0)
+    bn = ResNet(18, norm_eval=False, zero_init_residual=True)
+    bn.init_weights()
+    for m in bn.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.momentum = None
+            with torch.no_grad():
+                m.weight.mul_(0.5).add_(0.1 * torch.rand_like(m.weight))
+                m.bias.normal_(0, 0.1)
+    bn(torch.randn(16, 3, 64, 64))
+    bn.eval()
+    net = backbone(depth=18, dialect=None)
+    net.load_state_dict(bn.state_dict())
+    x = torch.randn(4, 3, 64, 64)
+    kept = relative_distances(net(x), bn(x))
+    for m in net.modules():
+        if isinstance(m, BCN):
+            nn.init.ones_(m.weight), nn.init.zeros_(m.bias)
+    scaled = relative_distances(net(x), bn(x))
+    for ours, other in zip(kept, scaled):
+        assert ours < 0.5 and ours < other / 5, (kept, scaled)
+
+
+def relative_distances(outputs, wanted):
+    return [float((a - b).norm() / b.norm()) for a, b in zip(outputs, wanted)]
 
 
 def test_ws_model_says_that_batch_norm_weights_are_not_its_own(tmp_path, log):

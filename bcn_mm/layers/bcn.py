@@ -56,10 +56,11 @@ class BCN(nn.GroupNorm):
     ``bias`` are those of the channel stage, one per group; it is no
     ``_BatchNorm``, so mmdet's ``norm_eval=True`` does not stop its estimates.
     Attributes that hold it are named as BatchNorm's (``bn1``), and the state
-    of an ``nn.BatchNorm2d`` loads into the batch stage, leaving the channel
-    stage at identity. The authors' layout loads too (``weight`` and ``bias``
-    of shape (1, G, 1) beside ``bn.*`` or ``pbn.*``), and that of an
-    ``nn.GroupNorm`` as an approximation
+    of an ``nn.BatchNorm2d`` loads into the batch stage, with a channel stage
+    that is the identity in the mean
+    (:func:`bcn_mm.layers.layouts.adopt_batch_norm`). The authors' layout loads
+    too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
+    ``pbn.*``), and that of an ``nn.GroupNorm`` as an approximation
     (:func:`bcn_mm.layers.layouts.adopt_group_norm`).
 
     **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
@@ -354,7 +355,7 @@ class BCN(nn.GroupNorm):
             return None
         if layout == 'BatchNorm':
             if self.affine:
-                adopt_batch_norm(state_dict, prefix, self.num_groups)
+                adopt_batch_norm(state_dict, prefix, self.num_groups, self.eps)
         elif layout == 'GroupNorm':
             if not self.affine:
                 return None

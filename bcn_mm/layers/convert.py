@@ -8,6 +8,7 @@ from mmengine.registry import MODELS
 from torch import nn
 
 from .bcn import BCN
+from .layouts import adopt_batch_norm
 
 
 def is_replaceable(kind: type) -> bool:
@@ -25,9 +26,8 @@ def replace_norms(
 ) -> nn.Module:
     """Replace every BatchNorm, SyncBN and GroupNorm in a module by BCN.
 
-    The affine parameters and running statistics of a BatchNorm go into the
-    batch stage, as when its checkpoint is loaded; the channel stage takes
-    over the groups of a GroupNorm.
+    A BatchNorm's parameters and running statistics are taken as when its
+    checkpoint is loaded; of a GroupNorm its groups.
 
     Args:
         module (nn.Module): Changed in place.
@@ -65,12 +65,11 @@ def _replacement(norm: nn.Module, norm_cfg: dict) -> nn.Module:
     if tensors:
         layer.to(tensors[0].device)
     if not per_group:
-        if norm.affine and layer.affine:
-            layer.batch_weight.copy_(norm.weight)
-            layer.batch_bias.copy_(norm.bias)
-        if norm.track_running_stats:
-            layer.running_mean.copy_(norm.running_mean)
-            layer.running_var.copy_(norm.running_var)
+        state = norm.state_dict()
+        adopt_batch_norm(state, '', layer.num_groups, layer.eps)
+        own = layer.state_dict()
+        for name in own.keys() & state.keys():
+            own[name].copy_(state[name])
     return layer.train(norm.training)
 
 

@@ -5,7 +5,7 @@ checkpoints are the business of :mod:`bcn_mm.checkpoint`.
 """
 
 import logging
-from typing import Dict, Optional
+from typing import Dict, Optional, Tuple
 
 import torch
 from mmengine.logging import print_log
@@ -69,16 +69,58 @@ def adopt_authors(state: State, prefix: str, inner: str) -> None:
     state.pop(f'{prefix}{inner}.{RATE}', None)
 
 
-def adopt_batch_norm(state: State, prefix: str, groups: int) -> None:
+def _restoring(
+    weight: Tensor, bias: Tensor, groups: int, eps: float
+) -> Tuple[Tensor, Tensor]:
+    r"""The channel stage's affine pair that undoes its normalization.
+
+    For channels of mean :math:`\beta_c` and standard deviation
+    :math:`\gamma_c`, as the batch stage makes them, each group gets back the
+    scale and offset that are taken from it:
+
+    .. math:: \gamma_g = \sqrt{mean(\gamma_c^2) + var(\beta_c) + eps},
+              \quad \beta_g = mean(\beta_c)
+    """
+    w, b = weight.view(groups, -1), bias.view(groups, -1)
+    scale = w.square().mean(1) + b.var(1, unbiased=False) + eps
+    return scale.sqrt(), b.mean(1)
+
+
+def adopt_batch_norm(
+    state: State, prefix: str, groups: int, eps: float
+) -> None:
     """Put BatchNorm's entries into the batch stage, in place.
 
-    The channel stage gets the identity.
+    The channel stage becomes the identity for groups whose statistics are
+    those that the affine pairs give them (:func:`_restoring`), and so in the
+    mean over what the BatchNorm was trained on. With weight 1 and bias 0 it
+    would bring every group to variance 1, the last norms of residual branches
+    too, whose weights start at 0 and stay small.
+
+    How far the outputs of the four stages of a ResNet-18 are from those with
+    BatchNorm, relative to their norm (20 pictures of COCO val2017 at 128x128,
+    evaluation mode; trained: 120 steps of RetinaNet with 4 of 40 others;
+    random: weights of 0 to 0.5, biases of sd 0.2, estimates of those 40):
+
+    =======================  ======================  ==================
+    affine pairs             channel stage 1 and 0   as here
+    =======================  ======================  ==================
+    trained                  1.21, 1.60, 1.56, 1.48  .29, .39, .45, .51
+    random                   2.12, 2.37, 2.52, 2.36  .32, .44, .51, .55
+    =======================  ======================  ==================
     """
-    for name, value in (('weight', 1.0), ('bias', 0.0)):
+    pair = []
+    for name in ('weight', 'bias'):
         if prefix + name in state:
-            given = state.pop(prefix + name)
-            state[f'{prefix}batch_{name}'] = given
-            state[prefix + name] = given.new_full((groups,), value)
+            pair.append(state.pop(prefix + name))
+            state[f'{prefix}batch_{name}'] = pair[-1]
+    if len(pair) < 2:
+        return
+    if pair[0].shape == pair[1].shape and pair[0].numel() % groups == 0:
+        pair = _restoring(*pair, groups, eps)
+    else:  # refused when it is loaded, for the shape of batch_weight
+        pair = pair[0].new_ones(groups), pair[0].new_zeros(groups)
+    state[prefix + 'weight'], state[prefix + 'bias'] = pair
 
 
 def adopt_group_norm(
@@ -89,11 +131,7 @@ def adopt_group_norm(
     BCN has no affine pair per channel behind its channel stage, so a GroupNorm
     cannot be expressed in it. The pair goes into the batch stage, and the
     channel stage gives each group back the scale and offset that it takes
-    away, those of channels with mean 0 and variance 1:
-
-    .. math:: \gamma_g = \sqrt{mean(\gamma_c^2) + var(\beta_c) + eps},
-              \quad \beta_g = mean(\beta_c)
-
+    away (:func:`_restoring`), those of channels with mean 0 and variance 1.
     Estimates start at mean 0 and variance 1, where the batch stage does
     nothing but apply the pair.
 
@@ -120,16 +158,15 @@ def adopt_group_norm(
     weight, bias = (state.pop(prefix + name) for name in ('weight', 'bias'))
     state[prefix + 'batch_weight'] = weight
     state[prefix + 'batch_bias'] = bias
-    w, b = weight.view(groups, -1), bias.view(groups, -1)
-    scale = w.square().mean(1) + b.var(1, unbiased=False) + eps
-    state[prefix + 'weight'] = scale.sqrt()
-    state[prefix + 'bias'] = b.mean(1)
+    pair = _restoring(weight, bias, groups, eps)
+    state[prefix + 'weight'], state[prefix + 'bias'] = pair
     state[prefix + 'running_mean'] = torch.zeros_like(weight)
     state[prefix + 'running_var'] = torch.ones_like(weight)
 
 
 _READING = {
-    'BatchNorm': "BatchNorm's layout (its channel stage starts at identity)",
+    'BatchNorm': "BatchNorm's layout (it goes into the batch stage; the "
+    'channel stage restores the scale and offset of each group)',
     'GroupNorm': "GroupNorm's layout (an approximation: its affine pairs go "
     'into the batch stage, the channel stage restores the scale and offset '
     'of each group, estimates start at 0 and 1)',

@@ -490,7 +490,23 @@ def test_batch_norm_state_fills_the_batch_stage(loader, log):
     assert torch.equal(ours.running_mean, theirs.running_mean)
     assert torch.equal(ours.running_var, theirs.running_var)
     assert ours.num_batches_tracked == 7
-    assert (ours.weight == 1).all() and (ours.bias == 0).all()
+
+
+def test_batch_norm_state_is_kept_by_a_channel_stage_in_the_mean():
+    """Exactly where a sample has the statistics of what was trained on."""
+    torch.manual_seed(5)
+    groups, count = 4, 4096
+    bn = randomize(nn.BatchNorm2d(32).double()).eval()
+    with torch.no_grad():
+        bn.weight[:8] = 0  # a group that BatchNorm has switched off
+    layer = BCN(32, groups).double().eval()
+    layer.load_state_dict(bn.state_dict())
+    x = torch.randn(1, 32, count, 1, dtype=torch.double)
+    var, mean = torch.var_mean(x, 2, unbiased=False, keepdim=True)
+    x = (x - mean) / var.sqrt()  # mean 0 and variance 1, exactly
+    x = x * (bn.running_var + bn.eps).sqrt().view(32, 1, 1)
+    x = x + bn.running_mean.view(32, 1, 1)
+    torch.testing.assert_close(layer(x), bn(x), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('inner', ['bn', 'pbn'])
