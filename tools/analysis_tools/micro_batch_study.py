@@ -92,7 +92,7 @@ class Task(NamedTuple):
 
 TASKS = {
     'digits': Task(
-        'digits, small CNN', 'test error (%)', 30, 5, 0.00625, 1, 5e-3, 5e-4
+        'digits, small CNN', 'test error (%)', 30, 3, 0.00625, 1, 5e-3, 5e-4
     ),
     'det': Task(
         'shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12
