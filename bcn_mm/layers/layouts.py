@@ -98,9 +98,10 @@ def adopt_batch_norm(
     too, whose weights start at 0 and stay small.
 
     How far the outputs of the four stages of a ResNet-18 are from those with
-    BatchNorm, relative to their norm (20 pictures of COCO train2017 at 128x128,
-    evaluation mode; trained: 120 steps of RetinaNet with 4 of 40 others;
-    random: weights of 0 to 0.5, biases of sd 0.2, estimates of those 40):
+    BatchNorm, relative to their norm (20 pictures of COCO train2017 at
+    128x128, evaluation mode; trained: 120 steps of RetinaNet with 4 of 40
+    others; random: weights of 0 to 0.5, biases of sd 0.2, estimates of those
+    40):
 
     =======================  ======================  ==================
     affine pairs             channel stage 1 and 0   as here
