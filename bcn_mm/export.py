@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from .layers import BCN, WSConv1d, WSConv2d, WSConv3d
+from .layers.levels import LevelCounter
 from .ops import affine_group_norm, batch_affine, group_norm_by_axes
 
 _WS = (WSConv1d, WSConv2d, WSConv3d)
@@ -92,14 +93,12 @@ class AffineGroupNorm(nn.GroupNorm):
         scale, shift: (C), or (num_levels, C).
     """
 
-    _level = BCN._level
-
     def __init__(self, norm: BCN) -> None:
         super().__init__(
             norm.num_groups, norm.num_channels, norm.eps, norm.affine
         )
-        self.num_levels = norm.num_levels
-        self._sizes = []
+        many = norm.num_levels > 1
+        self._levels = LevelCounter(norm.num_levels) if many else None
         dtype = norm.running_mean.dtype
         for name, value in zip(('scale', 'shift'), _batch_stage(norm)):
             self.register_buffer(name, value.to(dtype))
@@ -108,16 +107,12 @@ class AffineGroupNorm(nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``."""
         scale, shift = self.scale, self.shift
-        if self.num_levels > 1:
-            level = self._level(x)
+        if self._levels:
+            level = self._levels.next(x)
             scale, shift = scale[level], shift[level]
         return affine_group_norm(
             x, self.num_groups, scale, shift, self.weight, self.bias, self.eps
         )
-
-    def train(self, mode: bool = True):
-        self._sizes = []
-        return super().train(mode)
 
 
 def _batch_stage(norm: BCN) -> Sequence[Tensor]:

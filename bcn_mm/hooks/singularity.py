@@ -62,11 +62,14 @@ def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
 
 def _positives(x: Tensor) -> Tensor:
     """How many values of every channel are positive, (C)."""
-    positive = torch.empty_like(x, dtype=affine.compute_dtype(x))
-    # sums of floats take a tenth of the time of sums of bools on the CPU
-    torch.gt(x, 0, out=positive)
+    dtype = affine.compute_dtype(x)
+    if affine.has_shortcuts(x):
+        # sums of floats take a tenth of the time of sums of bools on the CPU
+        positive = torch.gt(x, 0, out=torch.empty_like(x, dtype=dtype))
+    else:
+        positive = x > 0
     positive = positive.flatten(2) if x.dim() > 2 else positive.unsqueeze(2)
-    return positive.sum(2).sum(0)
+    return positive.sum(2, dtype=dtype).sum(0)
 
 
 class _Tracer(TorchFunctionMode):

@@ -10,13 +10,10 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import (
-    RecentEstimates,
     batch_channel_norm,
     check_num_groups,
     check_start,
     default_num_groups,
-    exporting,
-    inside_backward,
 )
 from .layouts import (
     adopt_authors,
@@ -25,6 +22,7 @@ from .layouts import (
     layout_of,
     loading,
 )
+from .levels import LevelCounter
 
 
 class _Ranks:
@@ -68,10 +66,14 @@ class BCN(nn.GroupNorm):
     differ, so that no single estimate is right for any of them.
     ``num_levels`` keeps one estimate per level; the affine parameters stay
     shared. The level is known by order: such heads pass the levels from fine
-    to coarse, so the calls of one pass are levels 0, 1, 2, ... A pass is over
-    after ``num_levels`` calls, or when an input has more spatial positions
-    than the one before it, so that a pass that broke off, or had fewer
-    levels, puts none out of step but itself at most.
+    to coarse, so the calls of one pass are levels 0, 1, 2, ... A pass begins
+    with the outermost module that is called, a detector or a head, and
+    whatever came before it does not matter: a pass may break off, or have
+    fewer levels. Within a pass another round of the levels begins after
+    ``num_levels`` calls, and when an input has more spatial positions than
+    the one before it. Calls of the layer from outside of any module are told
+    apart by these two rules alone, unless
+    :func:`bcn_mm.layers.levels.one_pass` says where a pass begins.
 
     Args:
         num_features (int): The number of channels C.
@@ -105,8 +107,8 @@ class BCN(nn.GroupNorm):
         dtype (torch.dtype, optional): Likewise.
 
     Shape:
-        - Input: (N, C, *spatial) with 0 to 3 spatial dimensions, N and the
-          spatial size may be 0 or 1.
+        - Input: (N, C, *spatial) with 0 to 3 spatial dimensions, floating;
+          N and the spatial size may be 0 or 1.
         - Output: the shape, dtype and memory layout of the input.
 
     Attributes:
@@ -118,6 +120,7 @@ class BCN(nn.GroupNorm):
             (num_levels).
 
     Raises:
+        TypeError: if ``num_groups`` is no integer.
         ValueError: if ``num_groups`` does not divide ``num_features``, or
             ``momentum``, ``eps`` or ``num_levels`` is out of range.
 
@@ -195,8 +198,7 @@ class BCN(nn.GroupNorm):
             'num_batches_tracked',
             torch.empty(levels, dtype=torch.long, device=device),
         )
-        self._recent = RecentEstimates()
-        self._sizes = []  # of the inputs of the pass through the levels
+        self._levels = LevelCounter(num_levels) if num_levels > 1 else None
         self.reset_parameters()
 
     @property
@@ -216,7 +218,7 @@ class BCN(nn.GroupNorm):
     @property
     def level(self) -> int:
         """int: Which pyramid level the last call was for."""
-        return max(len(self._sizes) - 1, 0)
+        return self._levels.last if self._levels else 0
 
     def reset_running_stats(self) -> None:
         """Set the estimates to mean 0 and variance 1."""
@@ -235,18 +237,18 @@ class BCN(nn.GroupNorm):
             nn.init.ones_(self.batch_weight)
             nn.init.zeros_(self.batch_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalize ``x``; in training mode move the estimates first."""
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``; in training mode move the estimates first."""
         mean, var, passes = (
             self.running_mean,
             self.running_var,
             self.num_batches_tracked,
         )
-        if self.num_levels > 1:
-            level = self._level(x)
+        if self._levels:
+            level = self._levels.next(input)
             mean, var, passes = mean[level], var[level], passes[level]
         return batch_channel_norm(
-            x,
+            input,
             self.num_groups,
             mean,
             var,
@@ -260,25 +262,12 @@ class BCN(nn.GroupNorm):
             start=self.start,
             eps=self.eps,
             num_batches_tracked=passes,
-            recent=self._recent,
             group=self._group() if self.sync and self.training else None,
         )
 
-    def _level(self, x: Tensor) -> int:
-        """Which level this call is for; see the class's docstring."""
-        # what is recorded for other sizes goes by the number of calls alone
-        size = 0 if exporting() else x.shape[2:].numel()
-        if inside_backward():  # recomputed, in whatever order
-            return self._sizes.index(size) if size in self._sizes else 0
-        if len(self._sizes) == self.num_levels or (
-            self._sizes and size > self._sizes[-1]
-        ):
-            self._sizes = []
-        self._sizes.append(size)
-        return len(self._sizes) - 1
-
     def train(self, mode: bool = True):
-        self._sizes = []
+        if self._levels:
+            self._levels.reset()
         return super().train(mode)
 
     def _group(self) -> Optional['dist.ProcessGroup']:
@@ -340,7 +329,8 @@ class BCN(nn.GroupNorm):
         for name in ('running_mean', 'running_var', 'num_batches_tracked'):
             own, given = getattr(self, name), state_dict.get(prefix + name)
             if given is not None and given.shape == own.shape[1:]:
-                state_dict[prefix + name] = given.expand_as(own)
+                # not a view: loading may assign it, and then it moves
+                state_dict[prefix + name] = given.expand_as(own).clone()
 
     def _adopt(self, state_dict, prefix) -> Optional[str]:
         """Rename what another layout holds for this layer, in place.
@@ -362,9 +352,12 @@ class BCN(nn.GroupNorm):
             adopt_group_norm(state_dict, prefix, self.num_groups, self.eps)
         else:
             adopt_authors(state_dict, prefix, layout)
-        state_dict.setdefault(
-            prefix + 'num_batches_tracked', torch.zeros((), dtype=torch.long)
-        )
+        name = prefix + 'num_batches_tracked'
+        if name not in state_dict:
+            device = state_dict[prefix + 'running_mean'].device
+            state_dict[name] = torch.zeros(
+                (), dtype=torch.long, device=device
+            )
         return layout
 
 

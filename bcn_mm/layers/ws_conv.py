@@ -1,6 +1,5 @@
 """Weight-standardized convolutions."""
 
-import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
@@ -19,6 +18,11 @@ class _WSConv:
     ) -> None:
         check_dialect(dialect)
         super().__init__(*args, **kwargs)
+        if not self.weight.numel():
+            raise ValueError(
+                f'{type(self).__name__}: in_channels={self.in_channels} and '
+                f'out_channels={self.out_channels} must be positive'
+            )
         if self.weight[0].numel() < 2:
             raise ValueError(
                 f'{type(self).__name__}: a filter of one weight (in_channels='
@@ -28,54 +32,14 @@ class _WSConv:
             )
         self.eps = eps
         self.dialect = dialect
-        self._cached = None
 
     def standardized_weight(self) -> Tensor:
-        """The weight that the convolution is computed with.
+        """The weight that the convolution is computed with."""
+        return standardize_weight(self.weight, self.eps, self.dialect)
 
-        In evaluation mode, where no gradient is asked for, it is computed
-        once and kept until the weight changes, as far as autograd's version
-        counter can tell; after an edit through ``.data``, which torch does
-        not count, call ``eval()`` again.
-        """
-        weight = self.weight
-        if (
-            self.training
-            or (torch.is_grad_enabled() and weight.requires_grad)
-            or weight.is_inference()  # these have no version counter
-            or torch.compiler.is_compiling()
-            or torch.jit.is_tracing()
-        ):
-            return standardize_weight(weight, self.eps, self.dialect)
-        state = (weight._version, self.eps, self.dialect)
-        if self._cached is not None:
-            parameter, memory, then, value = self._cached
-            if (
-                weight is parameter
-                and weight.is_set_to(memory)
-                and state == then
-            ):
-                return value
-        with torch.inference_mode(False), torch.no_grad():
-            value = standardize_weight(weight, self.eps, self.dialect)
-        self._cached = weight, weight.detach(), state, value
-        return value
-
-    def train(self, mode: bool = True):
-        self._cached = None
-        return super().train(mode)
-
-    def _apply(self, *args, **kwargs):  # .to(), .half(), .cuda()
-        self._cached = None
-        return super()._apply(*args, **kwargs)
-
-    def __getstate__(self) -> dict:
-        # copies and pickles start without it
-        return {**self.__dict__, '_cached': None}
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Convolve ``x`` with the standardized weight."""
-        return self._conv_forward(x, self.standardized_weight(), self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """Convolve ``input`` with the standardized weight."""
+        return self._conv_forward(input, self.standardized_weight(), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -146,7 +110,8 @@ class WSConv2d(_WSConv, nn.Conv2d):
             (timm, Big Transfer). Default: ``'std'``.
 
     Raises:
-        ValueError: if the dialect is unknown or a filter has one weight only.
+        ValueError: if the dialect is unknown, a filter has one weight only,
+            or there is none.
 
     Example:
         >>> conv = WSConv2d(3, 8, 3, padding=1)

@@ -7,9 +7,10 @@ algebra below works on (N, C) and (N, G) tensors; of full size only ``x`` is
 kept for the backward pass.
 """
 
+import operator
 import warnings
-from collections import deque
 from contextlib import nullcontext
+from functools import partial
 from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
@@ -17,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import affine
+from . import affine, recomputation
+from .affine import Moments
 
 #: How estimates begin: see ``start`` of :func:`batch_channel_norm`.
 STARTS = ('identity', 'first', 'average')
@@ -40,50 +42,23 @@ def default_num_groups(num_channels: int) -> int:
 
 
 def check_num_groups(num_groups: int, num_channels: int) -> None:
-    """Raise a ValueError unless ``num_groups`` divides ``num_channels``."""
+    """Raise unless ``num_groups`` is a divisor of ``num_channels``.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it does not divide the number of channels.
+    """
+    try:
+        operator.index(num_groups)
+    except TypeError:
+        raise TypeError(
+            f'num_groups must be an integer, but got {num_groups!r}'
+        ) from None
     if num_groups < 1 or num_channels % num_groups:
         raise ValueError(
             f'num_groups must be a divisor of the number of channels, but '
             f'num_groups={num_groups} does not divide {num_channels}'
         )
-
-
-class RecentEstimates:
-    """The estimates that recent training passes of one layer normalized with.
-
-    Activation checkpointing runs a forward pass a second time, inside the
-    backward pass. The second run must use the estimates of the first, yet a
-    layer that was called again in between (a head shared by pyramid levels)
-    has newer ones. Equal input gives equal batch means, so the pass being
-    repeated is the one with the nearest batch mean, which is found on the
-    device without a host synchronisation.
-
-    Args:
-        maxlen (int): How many passes to remember, at three C-sized tensors
-            each. Default: 16.
-    """
-
-    def __init__(self, maxlen: int = 16) -> None:
-        self._passes = deque(maxlen=maxlen)
-
-    def __reduce__(self):
-        # copies and pickles of a layer start without memories
-        return type(self), (self._passes.maxlen,)
-
-    def record(
-        self, batch_mean: Tensor, mean: Tensor, inv_std: Tensor
-    ) -> None:
-        self._passes.append((batch_mean, mean, inv_std))
-
-    def recall(self, batch_mean: Tensor) -> Optional[Tuple[Tensor, Tensor]]:
-        """Mean and 1 / std of the pass with this batch mean; None if empty."""
-        if not self._passes:
-            return None
-        if len(self._passes) == 1:
-            return self._passes[0][1:]
-        means, *estimates = map(torch.stack, zip(*self._passes))
-        nearest = (means - batch_mean).abs_().sum(1).argmin().view(1)
-        return tuple(e.index_select(0, nearest)[0] for e in estimates)
 
 
 def check_start(start: str) -> None:
@@ -142,6 +117,25 @@ def _update(
         running.lerp_(torch.where(finite, news, running), rate)
 
 
+class _Batch(NamedTuple):
+    """What the batch stage of one pass normalizes with."""
+
+    mean: Tensor  # (C)
+    inv_std: Tensor  # (C): 1 / sqrt(variance + eps)
+    # The values that the two are statistics of, over all ranks if there is a
+    # process group; None if they are constants to autograd
+    count: Union[None, int, Tensor]
+
+
+class _Affine(NamedTuple):
+    """The learnable parameters of both stages."""
+
+    batch_weight: Optional[Tensor]  # (C)
+    batch_bias: Optional[Tensor]  # (C)
+    weight: Optional[Tensor]  # (G)
+    bias: Optional[Tensor]  # (G)
+
+
 class _Stages(NamedTuple):
     """What both passes need to know beside ``x`` and its moments."""
 
@@ -153,66 +147,61 @@ class _Stages(NamedTuple):
 
 
 def _stages(
-    mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups, eps
-) -> _Stages:
-    grouped = (mean.shape[0], num_groups, -1)
-    factor = inv_std if batch_weight is None else batch_weight * inv_std
-    offset = mean - mu
-    if batch_bias is None:
+    moments: Moments, batch: _Batch, affines: _Affine, num_groups: int,
+    eps: float,
+) -> _Stages:  # fmt: skip
+    grouped = (moments.mean.shape[0], num_groups, -1)
+    factor, offset = batch.inv_std, moments.mean - batch.mean
+    if affines.batch_weight is not None:
+        factor = affines.batch_weight * factor
+    if affines.batch_bias is None:
         z = offset * factor
     else:
-        z = torch.addcmul(batch_bias, offset, factor)
+        z = torch.addcmul(affines.batch_bias, offset, factor)
     z = z.view(grouped)
     centred = z.sub_(z.mean(2, keepdim=True))
-    spread = (var * factor.square()).view(grouped)
+    spread = (moments.var * factor.square()).view(grouped)
     spread = spread.addcmul_(centred, centred).mean(2, keepdim=True)
-    inv_group = spread.add_(eps).rsqrt_()
-    gain = inv_group if weight is None else inv_group * weight.view(-1, 1)
+    inv_group = gain = spread.add_(eps).rsqrt_()
+    if affines.weight is not None:
+        gain = inv_group * affines.weight.view(-1, 1)
     return _Stages(factor, offset, centred, inv_group, gain)
 
 
 def _normalize(
-    x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-    num_groups, eps,
+    x: Tensor, moments: Moments, batch: _Batch, affines: _Affine,
+    num_groups: int, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Both stages, given the moments of ``x`` and the batch statistics."""
-    s = _stages(
-        mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups,
-        eps,
-    )  # fmt: skip
+    """Both stages."""
+    s = _stages(moments, batch, affines, num_groups, eps)
     # the value of y where x = mean
-    if bias is None:
+    if affines.bias is None:
         at_mean = s.centred * s.gain
     else:
-        at_mean = torch.addcmul(bias.view(-1, 1), s.centred, s.gain)
-    at_mean = at_mean.view(mean.shape)
-    if x.shape[2:].numel() == 1:
-        # x is its mean; with no variance the scale is as large as 1 / eps
-        # and scale * x would be all rounding
-        return torch.empty_like(x).copy_(at_mean.view(x.shape))
-    scale = (s.gain * s.factor.view(num_groups, -1)).view(mean.shape)
-    shift = torch.addcmul(at_mean, scale, mean, value=-1)
-    return affine.apply(x, scale, shift)
+        at_mean = torch.addcmul(affines.bias.view(-1, 1), s.centred, s.gain)
+    scale = s.gain * s.factor.view(num_groups, -1)
+    at_mean, scale = (t.view(moments.mean.shape) for t in (at_mean, scale))
+    return affine.apply(x, moments, scale, at_mean)
 
 
 def _backward(
-    dy, x, mean, var, mu, inv_std, batch_weight, batch_bias, weight,
-    count, num_groups, eps, batch_statistics, group, input_gradient,
+    dy: Tensor, x: Tensor, moments: Moments, batch: _Batch, affines: _Affine,
+    num_groups: int, eps: float, group: Optional['dist.ProcessGroup'],
+    input_gradient: bool,
 ) -> Tuple[Optional[Tensor], ...]:  # fmt: skip
     """The gradients of x and of the four affine parameters."""
+    mean, var = moments
     if x.numel() == 0:
-        if batch_statistics and group is not None and input_gradient:
+        if batch.count is not None and group is not None and input_gradient:
             dist.all_reduce(mean.new_zeros(2, mean.shape[1]), group=group)
-        zeros = (mu, mu, *[mu.new_zeros(num_groups)] * 2)
-        return (torch.zeros_like(x), *map(torch.zeros_like, zeros))
-    s = _stages(
-        mean, var, mu, inv_std, batch_weight, batch_bias, weight, num_groups,
-        eps,
-    )  # fmt: skip
+        like = (x, *affines[:3], affines.weight)
+        return tuple(t if t is None else torch.zeros_like(t) for t in like)
+    s = _stages(moments, batch, affines, num_groups, eps)
     grouped = s.centred.shape
     factor = s.factor.view(grouped[1:])
     length = x.shape[2:].numel()
-    total, moment = (t.view(grouped) for t in affine.reduce(dy, x, mean))
+    dy_sum, moment = affine.reduce(dy, x, mean)
+    total, moment = dy_sum.view(grouped), moment.view(grouped)
 
     # channel stage: with z' = z - M, dz = gain (dy - p - q z')
     size = grouped[2] * length
@@ -224,7 +213,7 @@ def _backward(
     q_row = q * factor
     p_row = torch.addcmul(group_total / size, s.centred, q)
     d_weight = d_bias = None
-    if weight is not None:
+    if affines.weight is not None:
         d_weight = along_z.mul_(s.inv_group).sum((0, 2))
         d_bias = group_total.sum((0, 2))
 
@@ -235,33 +224,31 @@ def _backward(
     ).mul_(s.gain)
     d_shift = dz_total.sum(0).flatten()
     dz_moment.addcmul_(s.offset.view(grouped), dz_total)
-    d_factor = dz_moment.sum(0).flatten().mul_(inv_std)
+    d_factor = dz_moment.sum(0).flatten().mul_(batch.inv_std)
 
-    # dx = scale dy + x_scale (x - mean) + at_mean
+    # dx = dy_scale (dy - mean of dy) + x_scale (x - mean) + at_mean
     dx = None
     if input_gradient:
-        scale = s.gain * -factor
-        x_scale = q_row.mul_(scale).view(mean.shape)
-        at_mean = p_row.mul_(scale).view(mean.shape)
-        scale = scale.neg_().view(mean.shape)
-        if batch_statistics:
-            along_mean, along_std = d_shift, d_factor
-            if group is None:
-                count = mean.shape[0] * length
-            else:
-                sums = torch.stack((d_shift, d_factor))
-                dist.all_reduce(sums, group=group)
-                along_mean, along_std = sums
-            slope = s.factor * inv_std * along_std / count
-            x_scale = x_scale - slope
-            at_mean = at_mean - s.factor * along_mean / count
-            at_mean.addcmul_(slope, s.offset, value=-1)
-        shift = torch.addcmul(at_mean, x_scale, mean, value=-1)
-        dx = affine.apply_add(dy, x, scale, x_scale, shift)
+        dy_scale = s.gain * factor
+        x_scale = (q_row * dy_scale).neg_().view(mean.shape)
+        dy_scale = dy_scale.view(mean.shape)
+        at_mean = dz_total.view(mean.shape) / length
+        if batch.count is not None:
+            along = torch.stack((d_shift, d_factor))
+            if group is not None:
+                dist.all_reduce(along, group=group)
+            along_mean, along_std = along / batch.count
+            slope = batch.inv_std * along_std
+            at_mean.sub_(along_mean).addcmul_(slope, s.offset, value=-1)
+            x_scale.addcmul_(slope, s.factor, value=-1)
+        at_mean.mul_(s.factor)
+        dx = affine.apply_add(
+            dy, x, dy_sum / length, moments, dy_scale, x_scale, at_mean
+        )
     return (
         dx,
-        None if batch_weight is None else d_factor,
-        None if batch_bias is None else d_shift,
+        None if affines.batch_weight is None else d_factor,
+        None if affines.batch_bias is None else d_shift,
         d_weight,
         d_bias,
     )
@@ -270,29 +257,41 @@ def _backward(
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-        count, num_groups, eps, batch_statistics, group,
+        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, batch_mean,
+        inv_std, count, num_groups, eps, group,
     ):  # fmt: skip
+        is_tensor = isinstance(count, Tensor)
         ctx.save_for_backward(
-            x, mean, var, mu, inv_std, batch_weight, batch_bias, weight, count
-        )
-        ctx.settings = num_groups, eps, batch_statistics, group
+            x, mean, var, batch_mean, inv_std, batch_weight, batch_bias,
+            weight, count if is_tensor else None,
+        )  # fmt: skip
+        ctx.count = None if is_tensor else count
+        ctx.settings = num_groups, eps, group
         if x.numel() == 0:
             return torch.empty_like(x)
         return _normalize(
-            x, batch_weight, batch_bias, weight, bias, mean, var, mu, inv_std,
-            num_groups, eps,
-        )  # fmt: skip
+            x,
+            Moments(mean, var),
+            _Batch(batch_mean, inv_std, count),
+            _Affine(batch_weight, batch_bias, weight, bias),
+            num_groups,
+            eps,
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, *known = ctx.saved_tensors
+        x, mean, var, batch_mean, inv_std, *affines, count = ctx.saved_tensors
         gradients = _backward(
-            affine.like(dy, x), x, *known, *ctx.settings,
+            affine.like(dy, x),
+            x,
+            Moments(mean, var),
+            _Batch(batch_mean, inv_std, ctx.count if count is None else count),
+            _Affine(*affines, None),  # as in all norms, it may move by then
+            *ctx.settings,
             ctx.needs_input_grad[0],
-        )  # fmt: skip
-        return (*gradients, *[None] * 9)
+        )
+        return (*gradients, *[None] * 8)
 
 
 def _autocast_off(x: Tensor):
@@ -324,7 +323,6 @@ def batch_channel_norm(
     start: str = 'identity',
     eps: float = 1e-5,
     num_batches_tracked: Optional[Tensor] = None,
-    recent: Optional[RecentEstimates] = None,
     group: Optional['dist.ProcessGroup'] = None,
 ) -> Tensor:
     r"""Batch-Channel Normalization.
@@ -379,10 +377,6 @@ def batch_channel_norm(
         eps (float): :math:`\epsilon` of both stages. Default: 1e-5.
         num_batches_tracked (Tensor, optional): An integer scalar, counts the
             training passes.
-        recent (:obj:`RecentEstimates`, optional): A layer's memory. With it
-            activation checkpointing is exact: a forward pass that autograd
-            repeats inside a backward pass moves nothing and sees the
-            estimates of the pass that it repeats.
         group (ProcessGroup, optional): In training, take the batch statistics
             over the batches of all its ranks: those of one process with all
             samples, whatever their number on each rank, none included. Every
@@ -397,10 +391,18 @@ def batch_channel_norm(
         estimate; channels whose batch statistics are not finite keep their
         last finite estimates.
 
+        A pass that ``torch.utils.checkpoint`` repeats in the backward pass
+        moves nothing and sees the statistics of the pass that it repeats. A
+        pass that something else repeats there moves nothing either, but sees
+        the estimates as they then are; that is said once.
+
     Raises:
+        TypeError: if ``x`` is not floating or ``num_groups`` no integer.
         ValueError: if ``x`` is not 2- to 5-dimensional, has another number of
             channels than ``running_mean`` has elements, or ``num_groups``
             does not divide it.
+        RuntimeError: if a training pass is exported or traced, or compiled
+            as a whole with an activation checkpoint around this.
 
     Example:
         >>> x = torch.randn(1, 6, 4, 4)
@@ -410,13 +412,22 @@ def batch_channel_norm(
         (torch.Size([1, 6, 4, 4]), True)
     """
     affines = batch_weight, batch_bias, weight, bias
-    if not training and affine.exporting():
-        return _plain(x, num_groups, running_mean, running_var, *affines, eps)
+    if affine.exporting():
+        if training:
+            raise RuntimeError(
+                'a training pass of BCN moves its estimates and cannot be '
+                'traced or exported: call model.eval() first'
+            )
+        return _plain(
+            x, num_groups, running_mean, running_var, *affines, eps
+        )
     if not 2 <= x.dim() <= 5:
         raise ValueError(
             f'expected an input of 2 to 5 dimensions (N, C, '
             f'*spatial), but got shape {tuple(x.shape)}'
         )
+    if not x.is_floating_point():
+        raise TypeError(f'expected a floating input, but got {x.dtype}')
     if x.shape[1] != running_mean.numel():
         raise ValueError(
             f'expected {running_mean.numel()} channels, but got '
@@ -429,28 +440,39 @@ def batch_channel_norm(
         # stay in the graph, so that every parameter gets its zero gradient
         anchor = sum(0 * p.sum() for p in affines if p is not None)
         return (x + anchor).to(x.dtype)
-    if torch.compiler.is_compiling():
-        recent = None  # what is traced is not recomputed by calls
-    memory = recent if estimate and x.numel() > 0 else None
-    repeats = training and recent is not None and inside_backward()
+    rule = _Rule(training, estimate, momentum, start, eps)
+    running = running_mean, running_var, num_batches_tracked
+    if torch.compiler.is_compiling() and recomputation.active:
+        # only Python knows what a checkpoint repeats
+        return _uncompiled(x, num_groups, running, affines, rule, group)
+    return _forward(x, num_groups, running, affines, rule, group)
+
+
+def _forward(x, num_groups, running, affines, rule, group) -> Tensor:
     with _autocast_off(x):
         x = affine.dense(x)
         affines = _to(affine.compute_dtype(x), *affines)
         with torch.no_grad():
-            statistics = _statistics(
-                x, running_mean, running_var, num_batches_tracked, training,
-                estimate, momentum, start, eps, repeats, memory, group,
-            )  # fmt: skip
+            moments = _moments(x)
+            batch = _batch(x, moments, running, rule, group)
+        if affine.transforming():
+            return _differentiable(x, num_groups, batch, affines, rule.eps)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affines)
         ):
             return _BatchChannelNorm.apply(
-                x, *affines, *statistics, num_groups, eps,
-                training and not estimate, group,
-            )  # fmt: skip
+                x, *affines, *moments, *batch, num_groups, rule.eps, group
+            )
         if x.numel() == 0:
             return torch.empty_like(x)
-        return _normalize(x, *affines, *statistics[:4], num_groups, eps)
+        return _normalize(
+            x, moments, batch, _Affine(*affines), num_groups, rule.eps
+        )
+
+
+def _uncompiled(*args) -> Tensor:
+    # at the call: it imports all of the compiler
+    return torch.compiler.disable(_forward)(*args)
 
 
 def _plain(
@@ -608,6 +630,35 @@ def _channels(x: Tensor) -> int:
         return int(x.shape[1])
 
 
+def _differentiable(
+    x: Tensor, num_groups: int, batch: _Batch, affines, eps: float
+) -> Tensor:
+    """In plain operators, which ``torch.func`` differentiates as it likes."""
+    dtype, affines = affine.compute_dtype(x), _Affine(*affines)
+    x, given = x.to(dtype), x.dtype
+    mean, inv_std = batch.mean, batch.inv_std
+    if batch.count is not None:  # the values are known, but not to autograd
+        if isinstance(batch.count, Tensor):
+            raise RuntimeError(
+                'torch.func cannot differentiate statistics over all ranks'
+            )
+        axes = (0, *range(2, x.dim()))
+        mean = x.mean(axes)
+        inv_std = (x.var(axes, correction=0) + eps).rsqrt()
+    scale = inv_std
+    if affines.batch_weight is not None:
+        scale = scale * affines.batch_weight
+    shift = -mean * scale
+    if affines.batch_bias is not None:
+        shift = shift + affines.batch_bias
+    weight, bias = (
+        t if t is None else t.repeat_interleave(x.shape[1] // num_groups)
+        for t in (affines.weight, affines.bias)
+    )
+    y = affine_group_norm(x, num_groups, scale, shift, weight, bias, eps)
+    return y.to(given)
+
+
 @torch.library.custom_op('bcn_mm::snapshot', mutates_args=())
 def _snapshot(t: Tensor) -> Tensor:
     """A clone that compilers must keep for the backward pass.
@@ -618,77 +669,123 @@ def _snapshot(t: Tensor) -> Tensor:
     return t.clone()
 
 
-_snapshot.register_fake(torch.empty_like)
+@_snapshot.register_fake
+def _(t: Tensor) -> Tensor:
+    if recomputation.compiled():
+        raise RuntimeError(
+            'torch.compile recomputes what is checkpointed inside of it with '
+            'estimates that have moved: compile what is checkpointed instead, '
+            'checkpoint(torch.compile(block), x)'
+        )
+    return torch.empty_like(t)
 
 
-def _statistics(
-    x, running_mean, running_var, num_batches_tracked, training, estimate,
-    momentum, start, eps, repeats, memory, group,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Optional[Tensor]]:  # fmt: skip
-    """The moments of ``x``, and what the batch stage needs.
+class _Rule(NamedTuple):
+    """How a pass moves the running statistics, and whether."""
 
-    That is its mean, its 1 / std and, where statistics are those of a batch
-    that is spread over a process group, the number of values in it. Moves the
-    running statistics, unless it ``repeats`` a pass that may be in the layer's
-    ``memory``.
-    """
+    training: bool
+    estimate: bool
+    momentum: Optional[float]
+    start: str
+    eps: float
+
+
+def _moments(x: Tensor) -> Moments:
     if x.numel() > 0:
-        mean, var = affine.moments(x)
-    else:
-        mean, var = x.new_zeros(
-            2, 0, x.shape[1], dtype=affine.compute_dtype(x)
+        return affine.moments(x)
+    return Moments(
+        *x.new_zeros(2, 0, x.shape[1], dtype=affine.compute_dtype(x))
+    )
+
+
+def _batch(
+    x: Tensor, moments: Moments, running: tuple, rule: _Rule,
+    group: Optional['dist.ProcessGroup'],
+) -> _Batch:  # fmt: skip
+    """What the batch stage normalizes with; moves the running statistics."""
+    step = partial(_step, x, moments, running, rule, group)
+    if rule.training and recomputation.by_others():
+        warnings.warn(
+            'BCN is recomputed in the backward pass by something other than '
+            'torch.utils.checkpoint: it sees the estimates as they are now, '
+            'which is exact for layers that are called once a step',
+            stacklevel=5,
         )
+        return step(move=False)
+    return recomputation.once(step)
 
-    def running():
-        # a copy: a later pass moves the buffer in place, and the backward
-        # pass of this one must not see that
-        mu, sigma2 = running_mean, running_var
-        if training and torch.compiler.is_compiling():
-            mu, sigma2 = _snapshot(mu), _snapshot(sigma2)
-        else:
-            mu = mu.clone()
-        mu, sigma2 = _to(mean.dtype, mu, sigma2)
-        return mean, var, mu, (sigma2 + eps).rsqrt_(), None
 
-    if not training:
-        return running()
-    own_mean = _mean_of_samples(mean)
-    if estimate and repeats:
-        recalled = memory.recall(own_mean) if memory is not None else None
-        return (mean, var, *recalled, None) if recalled else running()
-    batch_mean, count = own_mean, None
+def _step(
+    x: Tensor, moments: Moments, running: tuple, rule: _Rule,
+    group: Optional['dist.ProcessGroup'], move: bool = True,
+) -> _Batch:  # fmt: skip
+    batch = None
+    if rule.training and (move or not rule.estimate):
+        mean, var, count = _batch_statistics(x, moments, running, rule, group)
+        if not rule.estimate:
+            batch = _Batch(mean, (var + rule.eps).rsqrt(), count)
+            # unbiased, as in nn.BatchNorm2d
+            var = var * (count / _at_least_one(count - 1))
+        if move:
+            _move(running, mean, var, rule)
+    return batch or _running(running, rule, moments.mean.dtype)
+
+
+def _running(running: tuple, rule: _Rule, dtype: torch.dtype) -> _Batch:
+    """The running statistics, as they are."""
+    # a copy: a later pass moves the buffer in place, and the backward pass of
+    # this one must not see that
+    mean, var = running[:2]
+    if rule.training and torch.compiler.is_compiling():
+        mean, var = _snapshot(mean), _snapshot(var)
+    else:
+        mean = mean.clone()
+    mean, var = _to(dtype, mean, var)
+    return _Batch(mean, (var + rule.eps).rsqrt_(), None)
+
+
+def _batch_statistics(
+    x, moments, running, rule, group
+) -> Tuple[Tensor, Tensor, Union[int, Tensor]]:
+    """Mean and biased variance of this batch, (C), and of how many values."""
+    mean, var = moments
+    running_mean = running[0]
     if group is not None:
-        batch_mean, batch_var, count = _over_ranks(
-            mean, var, running_mean, x.shape[2:].numel(), estimate, group
+        return _over_ranks(
+            mean, var, running_mean, x.shape[2:].numel(), rule.estimate, group
         )
-    else:
-        about = mean - (running_mean if estimate else batch_mean)
-        batch_var = _mean_of_samples(torch.addcmul(var, about, about))
-    if not repeats:
-        news = batch_var
-        if not estimate:  # unbiased, as in nn.BatchNorm2d
-            if count is None:
-                values = x.numel() // x.shape[1]
-                news = batch_var * (values / max(values - 1, 1))
-            else:
-                news = batch_var * (count / (count - 1).clamp_min(1))
-        if num_batches_tracked is not None:
-            num_batches_tracked.add_(1)
-        rate, large = _rate(
-            momentum, start, num_batches_tracked, running_mean.dtype
-        )
-        if estimate and large is not None:
-            # at a rate that is not small, the variance of what the estimates
-            # are a mean of
-            old = (batch_mean - running_mean).square_()
-            news = torch.addcmul(news, large, old, value=-1)
-        _update(running_mean, running_var, batch_mean, news, rate)
-    if estimate:
-        statistics = running()
-        if memory is not None:
-            memory.record(own_mean, *statistics[2:4])
-        return statistics
-    return mean, var, batch_mean, (batch_var + eps).rsqrt_(), count
+    batch_mean = _mean_of_samples(mean)
+    about = mean - (running_mean if rule.estimate else batch_mean)
+    if not rule.estimate and mean.shape[0] > 1:
+        # without the rounding of the mean, which a small variance magnifies
+        rest = about.mean(0)
+        batch_mean, about = batch_mean + rest, about - rest
+    batch_var = _mean_of_samples(torch.addcmul(var, about, about))
+    return batch_mean, batch_var, x.numel() // x.shape[1]
+
+
+def _at_least_one(count):
+    if isinstance(count, Tensor):
+        return count.clamp_min(1)
+    return max(count, 1)
+
+
+def _move(
+    running: tuple, batch_mean: Tensor, batch_var: Tensor, rule: _Rule
+) -> None:
+    """Move the running statistics towards those of a batch."""
+    running_mean, running_var, num_batches_tracked = running
+    if num_batches_tracked is not None:
+        num_batches_tracked.add_(1)
+    rate, large = _rate(
+        rule.momentum, rule.start, num_batches_tracked, running_mean.dtype
+    )
+    if rule.estimate and large is not None:
+        # at a rate that is not small, the variance of what the estimates are
+        # a mean of
+        old = (batch_mean - running_mean).square_()
+        batch_var = torch.addcmul(batch_var, large, old, value=-1)
+    _update(running_mean, running_var, batch_mean, batch_var, rate)
 
 
 def _over_ranks(
@@ -726,11 +823,3 @@ def _over_ranks(
 
 def _mean_of_samples(t: Tensor) -> Tensor:
     return t[0] if t.shape[0] == 1 else t.mean(0)
-
-
-def inside_backward() -> bool:
-    """Whether autograd is running this forward pass, to recompute it."""
-    return (
-        not torch.compiler.is_compiling()
-        and torch._C._current_graph_task_id() != -1
-    )

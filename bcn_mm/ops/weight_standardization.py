@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import exporting
+from .affine import exporting, has_shortcuts, transforming
 
 _aten = torch.ops.aten
 
@@ -26,7 +26,41 @@ def check_dialect(dialect: str) -> None:
         )
 
 
-class _StandardizeWeight(torch.autograd.Function):
+class _Standardize(torch.autograd.Function):
+    """In ordinary operators, for every device."""
+
+    @staticmethod
+    def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
+        unbiased, under_root = DIALECTS[dialect]
+        axes, fan = tuple(range(1, weight.dim())), weight[0].numel()
+        var, mean = torch.var_mean(
+            weight, axes, correction=int(unbiased), keepdim=True
+        )
+        # the result is gain (w - mean), and slope / (fan - unbiased) is
+        # -2 times the derivative of gain by the sum of (w - mean)^2
+        if under_root:
+            gain = (var + eps).rsqrt()
+            slope = gain.pow(3)
+        else:
+            std = var.sqrt()
+            gain = (std + eps).reciprocal()
+            # a filter without variance has no direction to grow in
+            slope = (gain.square() / std).masked_fill(std == 0, 0)
+        ctx.save_for_backward(weight, mean, gain, slope / (fan - unbiased))
+        return (weight - mean).mul_(gain)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        weight, mean, gain, slope = ctx.saved_tensors
+        axes = tuple(range(1, weight.dim()))
+        centred = weight - mean
+        along = (grad * centred).sum(axes, keepdim=True)
+        grad = grad * gain - centred.mul_(slope * along)
+        return grad - grad.mean(axes, keepdim=True), None, None
+
+
+class _StandardizeOnCPU(torch.autograd.Function):
     """Filters as the channels of a group norm with one channel per group.
 
     The native backward takes a mean, a 1 / std and a gain per filter as they
@@ -35,7 +69,7 @@ class _StandardizeWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
-        weight = weight.contiguous()
+        given, weight = weight, weight.contiguous()
         out, fan = weight.shape[0], weight[0].numel()
         unbiased, under_root = DIALECTS[dialect]
         bessel = fan / (fan - 1) if unbiased else 1.0
@@ -53,7 +87,10 @@ class _StandardizeWeight(torch.autograd.Function):
             result.mul_(gain.view(out, 1))
         ctx.save_for_backward(weight, mean, inv_std, gain)
         ctx.root = None if under_root else bessel**0.5
-        return _aten._unsafe_view(result, weight.shape)
+        result = _aten._unsafe_view(result, weight.shape)
+        if given is weight:
+            return result
+        return torch.empty_like(given).copy_(result)
 
     @staticmethod
     @once_differentiable
@@ -109,7 +146,8 @@ def standardize_weight(
         dialect (str): One of the above. Default: ``'std'``.
 
     Returns:
-        Tensor: of the shape and dtype of ``weight``, differentiable once.
+        Tensor: of the shape, dtype and memory layout of ``weight``,
+        differentiable once.
 
     Raises:
         ValueError: if ``dialect`` is unknown, or if a filter has one weight
@@ -121,7 +159,7 @@ def standardize_weight(
         tensor(True)
     """
     check_dialect(dialect)
-    if exporting():
+    if exporting() or transforming():
         return _plain(weight, eps, dialect)
     if weight.numel() and weight[0].numel() < 2:
         raise ValueError(
@@ -130,7 +168,8 @@ def standardize_weight(
         )
     # statistics of low precision weights in float32
     work = weight if weight.dtype == torch.float64 else weight.float()
-    return _StandardizeWeight.apply(work, eps, dialect).to(weight.dtype)
+    route = _StandardizeOnCPU if has_shortcuts(work) else _Standardize
+    return route.apply(work, eps, dialect).to(weight.dtype)
 
 
 def _plain(weight: Tensor, eps: float, dialect: str) -> Tensor:

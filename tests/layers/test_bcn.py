@@ -1,10 +1,14 @@
 """BCN as a module: the edges, and what OpenMMLab's tools make of it."""
 
 import copy
+import gc
 import logging
 import pickle
+import random
 import warnings
+import weakref
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -22,6 +26,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN, WSConv2d
+from bcn_mm.ops import batch_channel_norm, recomputation
 
 MODES = pytest.mark.parametrize('estimate', [True, False])
 NORM = dict(type='BCN')
@@ -125,19 +130,33 @@ def test_empty_input(estimate, shape, dtype):
 
 
 @MODES
-@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-def test_overflow_leaves_the_last_finite_estimates(estimate, bad):
+@given(
+    n=st.integers(1, 3),
+    size=st.integers(1, 5),
+    offset=st.sampled_from([0.0, 30.0]),
+    bad=st.sampled_from([float('nan'), float('inf'), -float('inf')]),
+    seed=st.integers(0, 999),
+)
+def test_overflow_leaves_the_last_finite_estimates(
+    estimate, n, size, offset, bad, seed
+):
+    """...of its own channel, while all others move as ever."""
+    torch.manual_seed(seed)
     layer = randomize(BCN(8, 2, estimate=estimate))
-    x = torch.randn(2, 8, 4, 4)
+    x = torch.randn(n, 8, size, size) + offset
     layer(x)
-    before = estimates(layer)
-    x[1, 3, 2, 2] = bad
-    layer(x)
-    after = estimates(layer)
+    before, healthy = estimates(layer), copy.deepcopy(layer)
+    spoilt = x.clone()
+    spoilt[-1, 3, -1, -1] = bad
+    want, got = healthy(x), layer(spoilt)
+    after, normal = estimates(layer), estimates(healthy)
+    others = torch.arange(8) != 3
     for name in ('running_mean', 'running_var'):
-        assert torch.isfinite(after[name]).all()
         assert after[name][3] == before[name][3]
-    layer(torch.randn(2, 8, 4, 4))
+        assert torch.equal(after[name][others], normal[name][others])
+    assert torch.equal(got[:, 4:], want[:, 4:])  # the other group
+    assert not estimate or torch.isfinite(got[:-1]).all()
+    layer(x)
     assert layer.running_mean[3] != before['running_mean'][3]
 
 
@@ -181,6 +200,33 @@ def test_compiles_without_a_graph_break(estimate):
     for p, q in zip(net.parameters(), twin.parameters()):
         torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(estimates(net), estimates(twin))
+
+
+@pytest.mark.slow
+@MODES
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
+def test_compiles_for_pictures_of_every_size(estimate, dtype):
+    """Detectors see another one in every step."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), BCN(8, estimate=estimate), nn.Conv2d(8, 4, 3)
+    )
+    twin = copy.deepcopy(net)
+    compiled = torch.compile(net)
+    for step in range(10):
+        x = torch.randn(2, 3, 32 + 7 * step % 29, 40 + 16 * step % 43)
+        losses = []
+        for model in (compiled, twin):
+            model.zero_grad()
+            with torch.autocast('cpu', torch.bfloat16, dtype != x.dtype):
+                losses.append(model(x).float().square().mean())
+            losses[-1].backward()
+        tight = dict(rtol=1e-4, atol=1e-4)
+        if dtype != x.dtype:
+            tight = dict(rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(*losses, **tight)
+        for p, q in zip(net.parameters(), twin.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, **tight)
+        torch.testing.assert_close(estimates(net), estimates(twin), **tight)
 
 
 @MODES
@@ -274,6 +320,218 @@ def test_activation_checkpointing(estimate, reentrant, calls):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+REENTRANT = pytest.mark.parametrize('reentrant', [True, False])
+
+
+class Blocks(nn.Module):
+    """Blocks that may be checkpointed, one in another, and called again."""
+
+    def __init__(self, estimate, levels):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(4, 4, 1),
+                BCN(4, 2, estimate=estimate, momentum=0.5, num_levels=levels),
+                nn.ReLU(inplace=True),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, xs, plan, wrap):
+        """A plan is which block each call is of, and how it is nested."""
+
+        def one(x, block, nested):
+            module = self.blocks[block]
+            inner = (lambda x: wrap(module, x)) if nested else module
+            return wrap(lambda x: self.blocks[0](inner(x)), x)
+
+        outs = (one(x, *call) for x, call in zip(xs, plan))
+        return sum((i + 2) * y.pow(3).sum() for i, y in enumerate(outs))
+
+
+def run_blocks(net, passes, wrap):
+    """Gradients and estimates after each pass of a training."""
+    net, results = copy.deepcopy(net), []
+    for xs, plan, training, later in passes:
+        net.zero_grad()
+        loss = net.train(training)(xs, plan, wrap)
+        # a layer may be called, and change its mode, before the backward pass
+        if later:
+            net.eval() if later == 'eval' else net(xs, plan, lambda f, x: f(x))
+        loss.backward()
+        gradients = (p.grad for p in net.parameters())
+        results.append([g if g is None else g.clone() for g in gradients])
+        results.append([b.clone() for b in net.buffers()])
+    return results
+
+
+@MODES
+@REENTRANT
+@pytest.mark.parametrize('seed', range(20))
+def test_recomputation_sees_the_pass_that_it_repeats(
+    estimate, reentrant, seed
+):
+    """Whatever came before: equal inputs, passes without a finite mean, more
+    than any number of calls, other layers, another mode, nesting."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    net = Blocks(estimate, draw.choice([1, 3])).double()
+    pool = [torch.randn(2, 4, 3, 3).double() * 3 + i for i in range(2)]
+    spoilt = pool[0].clone()
+    spoilt[0, :, 0, 0] = float('nan')
+    passes = [([spoilt], [(0, False)], True, None)]
+    for _ in range(draw.randint(1, 4)):
+        count = draw.choice([1, 2, 3, 20])
+        passes.append(
+            (
+                [draw.choice(pool).clone() for _ in range(count)],
+                [
+                    (draw.randint(0, 1), draw.random() < 0.5)
+                    for _ in range(count)
+                ],
+                draw.random() < 0.5,
+                draw.choice([None, 'eval', 'again']),
+            )
+        )
+    for xs, *_ in passes:
+        [x.requires_grad_() for x in xs]
+    plain = run_blocks(net, passes, lambda f, x: f(x))
+    recomputed = run_blocks(
+        net, passes, lambda f, x: checkpoint(f, x, use_reentrant=reentrant)
+    )
+    torch.testing.assert_close(
+        recomputed, plain, rtol=1e-12, atol=1e-12, equal_nan=True
+    )
+
+
+@REENTRANT
+def test_backward_may_run_twice(reentrant):
+    layer = BCN(4, 2, momentum=0.5).double()
+    x = torch.randn(2, 4, 3, 3, dtype=torch.double, requires_grad=True)
+    twin = copy.deepcopy(layer)
+    gradients = []
+    for net, wrap in (
+        (twin, lambda f, x: f(x)),
+        (layer, lambda f, x: checkpoint(f, x, use_reentrant=reentrant)),
+    ):
+        x.grad = None
+        loss = wrap(net, x).pow(3).sum()
+        loss.backward(retain_graph=True)
+        net(x.detach() * 2)
+        loss.backward()
+        gradients.append(x.grad.clone())
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
+    assert same(estimates(layer), estimates(twin))
+
+
+@REENTRANT
+def test_nothing_is_left_of_a_pass(reentrant):
+    """No memory outlives the graph, or a move to another device."""
+    layer = BCN(4, 2)
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = recomputation.once
+
+        def once(compute):
+            value = original(compute)
+            seen.append(weakref.ref(value.mean))
+            return value
+
+        patch.setattr(recomputation, 'once', once)
+        for finish in (
+            lambda y: y.sum().backward(),
+            lambda y: None,
+            lambda y: layer.to('meta').to_empty(device='cpu'),
+        ):
+            layer.reset_parameters()
+            seen.clear()
+            y = checkpoint(layer, x, use_reentrant=reentrant)
+            assert all(ref() is not None for ref in seen)
+            finish(y)
+            del y
+            gc.collect()
+            assert seen and all(ref() is None for ref in seen)
+
+
+def test_passes_on_several_devices():
+    layer = BCN(4, 2)
+    for device in ('cpu', 'meta', 'cpu'):
+        layer.to_empty(device=device).reset_parameters()
+        x = torch.randn(2, 4, 3, 3, device=device, requires_grad=True)
+        layer(x)
+        checkpoint(layer, x, use_reentrant=True).sum().backward()
+        assert x.grad.device.type == device
+
+
+class Recompute(torch.autograd.Function):
+    """Checkpointing as others write it, fairscale for one."""
+
+    @staticmethod
+    def forward(ctx, layer, x):
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return layer(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            y = ctx.layer(x)
+        torch.autograd.backward(y, dy)
+        return None, x.grad
+
+
+@MODES
+def test_recomputation_by_others(estimate):
+    """Nothing moves twice, and one call a step is exact."""
+    layer = BCN(4, 2, estimate=estimate, momentum=0.5).double()
+    twin = copy.deepcopy(layer)
+    for _ in range(3):
+        x = torch.randn(2, 4, 3, 3, dtype=torch.double, requires_grad=True)
+        (want,) = torch.autograd.grad(twin(x).pow(3).sum(), x)
+        with pytest.warns(UserWarning, match='torch.utils.checkpoint'):
+            Recompute.apply(layer, x).pow(3).sum().backward()
+        torch.testing.assert_close(x.grad, want, rtol=1e-12, atol=1e-12)
+        assert same(estimates(layer), estimates(twin))
+    x = x.detach().requires_grad_()
+    y = Recompute.apply(BCN(4, num_levels=2), x.float())
+    with pytest.raises(RuntimeError, match='num_levels'):
+        y.sum().backward()
+
+
+@pytest.mark.slow
+@MODES
+@REENTRANT
+@pytest.mark.parametrize('calls', [1, 3])
+def test_checkpointing_what_is_compiled(estimate, reentrant, calls):
+    """Exact in every step; the other way around is refused, or exact."""
+    net = nn.Sequential(
+        nn.Conv2d(4, 8, 3), BCN(8, 2, momentum=0.5, estimate=estimate),
+        nn.ReLU(), nn.Conv2d(8, 8, 3), BCN(8, momentum=0.5),
+    ).double()  # fmt: skip
+    compiled = copy.deepcopy(net)
+    run = torch.compile(compiled)
+    for _ in range(3):
+        inputs = [torch.randn(2, 4, 9, 9).double() + i for i in range(calls)]
+        inputs = [x.requires_grad_() for x in inputs]
+        for model, wrap in (
+            (net, lambda x: net(x)),
+            (compiled, lambda x: checkpoint(run, x, use_reentrant=reentrant)),
+        ):
+            model.zero_grad()
+            sum(wrap(x).pow(3).sum() for x in inputs).backward()
+        for p, q in zip(net.parameters(), compiled.parameters()):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(estimates(net), estimates(compiled))
+    around = torch.compile(
+        lambda x: checkpoint(net, x, use_reentrant=reentrant)
+    )
+    with pytest.raises(Exception, match=r'checkpoint\(torch.compile\(block'):
+        around(inputs[0])
+
+
 @pytest.mark.parametrize('estimate', [True, False])
 def test_with_cp_of_a_backbone(estimate):
     """mmdet's own ``with_cp=True``."""
@@ -297,12 +555,11 @@ def test_with_cp_of_a_backbone(estimate):
     torch.testing.assert_close(*states)
 
 
-def test_copies_and_pickles_start_without_memories():
+def test_copies_and_pickles():
     layer = BCN(4, 2)
     layer(torch.randn(1, 4, 2, 2))
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert same(estimates(twin), estimates(layer))
-        assert not twin._recent._passes and layer._recent._passes
 
 
 @pytest.mark.parametrize('start', ['identity', 'first', 'average'])
@@ -346,12 +603,77 @@ def test_construction_errors_and_warnings():
     ):
         with pytest.raises(ValueError, match=next(iter(bad))):
             BCN(**{'num_features': 8, **bad})
+    for groups in (2.0, '2', None, [2]):
+        with pytest.raises(TypeError, match='num_groups must be an integer'):
+            batch_channel_norm(
+                torch.zeros(1, 8), groups, torch.zeros(8), torch.ones(8)
+            )
+    with pytest.raises(TypeError, match='num_groups must be an integer.*2.0'):
+        BCN(8, 2.0)
+    assert BCN(8, np.int64(2))(torch.zeros(1, 8)).shape == (1, 8)
     with pytest.raises(TypeError, match='momentun'):
         build_norm_layer(dict(type='BCN', momentun=0.1), 8)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         BCN(1)
         BCN(64)
+
+
+@pytest.mark.parametrize(
+    'dtype', [torch.uint8, torch.int64, torch.bool, torch.complex64]
+)
+@pytest.mark.parametrize('training', [True, False])
+def test_input_that_is_not_floating(dtype, training):
+    layer = BCN(4).train(training)
+    before = estimates(layer)
+    with pytest.raises(TypeError, match=f'floating.*{dtype}'):
+        layer(torch.ones(1, 4, 2, 2, dtype=dtype))
+    assert same(before, estimates(layer))
+
+
+def test_input_by_the_name_that_torch_has_for_it():
+    layer, x = BCN(4), torch.randn(1, 4, 2, 2)
+    assert torch.equal(copy.deepcopy(layer)(input=x), layer(x))
+
+
+@MODES
+def test_a_training_pass_is_not_recorded(estimate):
+    layer, x = BCN(4, estimate=estimate), torch.randn(2, 4, 3, 3)
+    before = estimates(layer)
+    for record in (
+        lambda: torch.jit.trace(layer, x),
+        lambda: torch.export.export(layer, (x,), strict=False),
+    ):
+        with pytest.raises(RuntimeError, match=r'model.eval\(\) first'):
+            record()
+    assert same(before, estimates(layer))
+
+
+@MODES
+@pytest.mark.parametrize('training', [True, False])
+def test_torch_func(estimate, training):
+    """Gradients by transformation are those of autograd."""
+    layer = randomize(BCN(6, 2, estimate=estimate)).train(training).double()
+    twin = copy.deepcopy(layer)
+    x = torch.randn(3, 6, 4, 4, dtype=torch.double)
+
+    def loss(parameters, buffers, x):
+        state = {**parameters, **buffers}
+        return torch.func.functional_call(layer, state, x).pow(3).sum()
+
+    buffers = {k: v.clone() for k, v in layer.named_buffers()}
+    got = torch.func.grad(loss, (0, 2))(
+        dict(layer.named_parameters()), buffers, x
+    )
+    leaf = x.clone().requires_grad_()
+    twin(leaf).pow(3).sum().backward()
+    torch.testing.assert_close(got[1], leaf.grad)
+    want = {k: p.grad for k, p in twin.named_parameters()}
+    torch.testing.assert_close(got[0], want)
+    torch.testing.assert_close(buffers, estimates(twin))
+    if not training:
+        one = torch.func.vmap(lambda x: layer(x[None])[0])(x)
+        torch.testing.assert_close(one, twin(x))
 
 
 def test_defaults():

@@ -1,6 +1,8 @@
 """One BCN shared by pyramid levels keeps an estimate for each of them."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
+from bcn_mm.export import fold
+from bcn_mm.layers.levels import one_pass
 
 SIZES = (8, 4, 2, 1, 1)  # as of P3 to P7
 
@@ -113,15 +117,161 @@ def test_fewer_levels_and_changes_of_mode():
     assert_equal_estimates(layer, layers)
 
 
+class Head(nn.Module):
+    """What passes the levels through shared layers, one of them nested."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.block = nn.Sequential(nn.Identity(), layer)
+
+    def forward(self, levels):
+        outs = []
+        for x in levels:
+            if x is None:
+                raise InterruptedError
+            outs.append(self.block(x))
+        return outs
+
+
+@given(
+    passes=st.lists(
+        st.tuples(
+            st.lists(st.integers(1, 4), min_size=1, max_size=5).map(
+                lambda sizes: sorted(sizes, reverse=True)
+            ),
+            st.booleans(),  # whether it breaks off
+            st.booleans(),  # whether it is one of training
+        ),
+        min_size=2,
+        max_size=6,
+    ),
+    wrapped=st.booleans(),
+    estimate=st.booleans(),
+)
+def test_a_pass_begins_with_the_outermost_module(passes, wrapped, estimate):
+    """Whatever came before it, of whatever sizes, and however many levels."""
+    layer = shared(estimate=estimate)
+    layers = separate(layer)
+    net = Head(layer)
+    if wrapped:
+        net = nn.Sequential(nn.Identity(), net)
+    for sizes, breaks_off, training in passes:
+        x = pyramid(sizes)
+        net.train(training), [one.train(training) for one in layers]
+        want = [one(t) for one, t in zip(layers, x)]
+        if breaks_off:
+            with pytest.raises(InterruptedError):
+                net([*x, None])
+        else:
+            torch.testing.assert_close(net(x), want, rtol=0, atol=0)
+    assert_equal_estimates(layer, layers)
+
+
+def test_a_head_that_is_called_twice_in_a_pass():
+    layer = shared()
+    layers = separate(layer)
+    head = Head(layer)
+
+    class Detector(nn.Module):
+        def forward(self, x):
+            return head(x), head(x)
+
+    for sizes in (SIZES, (8, 4, 2)):
+        x = pyramid(sizes)
+        got = Detector()(x)
+        want = tuple([o(t) for o, t in zip(layers, x)] for _ in range(2))
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+
+
+def test_passes_of_several_threads_at_once():
+    layer = shared().eval()
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.randn(5, 6))
+    head = Head(layer)
+    barrier = threading.Barrier(2)
+
+    class InStep(nn.Module):
+        def forward(self, x):
+            barrier.wait()
+            return x
+
+    head.block[0] = InStep()
+    inputs = [pyramid((4, 4, 4)), pyramid((8, 8, 8))]
+    with ThreadPoolExecutor(2) as threads:
+        got = list(threads.map(head, inputs))
+    layers = [one.eval() for one in separate(layer)]
+    for one, mean, var in zip(
+        layers, layer.running_mean, layer.running_var
+    ):
+        one.running_mean.copy_(mean)
+        one.running_var.copy_(var)
+    for outs, x in zip(got, inputs):
+        want = [one(t) for one, t in zip(layers, x)]
+        torch.testing.assert_close(outs, want, rtol=0, atol=0)
+
+
+def test_one_pass_for_code_outside_of_modules():
+    layer = shared()
+    layers = separate(layer)
+    for sizes in ((4,), (4,), (4, 2), (4, 4, 2), (4,)):
+        x = pyramid(sizes)
+        with one_pass():
+            got = [layer(t) for t in x]
+        want = [one(t) for one, t in zip(layers, x)]
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert_equal_estimates(layer, layers)
+
+
+@pytest.mark.parametrize('how', ['trace', 'export', 'fold and trace'])
+@pytest.mark.parametrize('left_over', [False, True])
+def test_recorded_with_fewer_levels(how, left_over):
+    layer = shared()
+    with torch.no_grad():
+        layer.running_mean.copy_(torch.randn(5, 6))
+    head = Head(layer).eval()
+    x = pyramid((8, 4, 2))
+    want = head(x)
+    if left_over:
+        layer(x[0]), head(x[:2])
+    if how == 'export':
+        recorded = torch.export.export(head, (x,)).module()
+    else:
+        net = fold(head, x) if how == 'fold and trace' else head
+        recorded = torch.jit.trace(net, (x,), check_trace=False)
+    for _ in range(2):
+        torch.testing.assert_close(list(recorded(x)), want)
+    torch.testing.assert_close(head(x), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('compile', ['function', 'method'])
+def test_compiled_passes_begin_too(compile):
+    layer = shared()
+    layers = separate(layer)
+    net = Head(layer)
+    if compile == 'function':
+        net = torch.compile(net, fullgraph=True, backend='aot_eager')
+    else:
+        net.compile(fullgraph=True, backend='aot_eager')
+    for sizes in (SIZES, (4,), (4,), (4, 2), SIZES):
+        x = pyramid(sizes)
+        want = [one(t) for one, t in zip(layers, x)]
+        torch.testing.assert_close(net(x), want)
+    got = [getattr(layer, name) for name in ('running_mean', 'running_var')]
+    for value, name in zip(got, ('running_mean', 'running_var')):
+        want = torch.stack([getattr(one, name) for one in layers])
+        torch.testing.assert_close(value, want)
+
+
+@pytest.mark.parametrize('sizes', [(9, 7, 5, 3, 1), (4, 4, 4, 4, 4)])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('reentrant', [True, False])
-def test_recomputation_finds_the_level(training, reentrant):
+def test_recomputation_finds_the_level(training, reentrant, sizes):
     """Backward runs through the levels in reverse."""
     conv = nn.Conv2d(6, 6, 1).double()
     layer = shared().train(training)
     with torch.no_grad():
         layer.running_mean.copy_(torch.randn(5, 6))
-    x = [t.requires_grad_() for t in pyramid((9, 7, 5, 3, 1))]
+    x = [t.requires_grad_() for t in pyramid(sizes)]
     outcomes = []
     for wrap in (
         lambda f, t: f(t),

@@ -1,6 +1,3 @@
-import copy
-import pickle
-
 import pytest
 import reference
 import torch
@@ -10,7 +7,7 @@ from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
 
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
-from bcn_mm.ops import DIALECTS, standardize_weight
+from bcn_mm.ops import DIALECTS, affine
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
@@ -76,9 +73,14 @@ def edit_in_place(conv):
         conv.weight.add_(torch.randn_like(conv.weight))
 
 
-def take_a_step(conv):
-    conv.weight.grad = torch.randn_like(conv.weight)
-    torch.optim.SGD(conv.parameters(), 0.1).step()
+def step(optimizer, **kwargs):
+    """Fused optimizers change weights without autograd's counting it."""
+
+    def take_a_step(conv):
+        conv.weight.grad = torch.randn_like(conv.weight)
+        optimizer(conv.parameters(), 0.1, **kwargs).step()
+
+    return take_a_step
 
 
 def replace_memory(conv):
@@ -95,22 +97,27 @@ def move_and_back(conv):
     conv.float()
 
 
-def edit_data_and_announce(conv):
-    """What mmengine's EMA hook and validation loop do."""
+def edit_data(conv):
+    """What mmengine's EMA hook does."""
     conv.weight.data.copy_(torch.randn_like(conv.weight))
-    conv.eval()
 
 
 CHANGES = (
     edit_in_place,
-    take_a_step,
+    *(
+        step(getattr(torch.optim, name), **kwargs)
+        for name in ('SGD', 'Adam', 'AdamW')
+        for kwargs in (dict(), dict(foreach=True), dict(fused=True))
+    ),
     replace_memory,
     replace_parameter,
     move_and_back,
-    edit_data_and_announce,
-    lambda conv: conv.load_state_dict(nn.Conv2d(4, 8, 3).state_dict()),
+    edit_data,
     lambda conv: conv.load_state_dict(
-        nn.Conv2d(4, 8, 3).state_dict(), assign=True
+        nn.Conv2d(4, 8, 3, bias=False).state_dict()
+    ),
+    lambda conv: conv.load_state_dict(
+        nn.Conv2d(4, 8, 3, bias=False).state_dict(), assign=True
     ),
     lambda conv: setattr(conv, 'dialect', 'var'),
     lambda conv: setattr(conv, 'eps', 1.0),
@@ -119,43 +126,58 @@ CHANGES = (
 
 @pytest.mark.parametrize('change', CHANGES)
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.inference_mode])
-def test_evaluation_reuses_the_weight_until_it_changes(change, mode):
-    conv = WSConv2d(4, 8, 3).eval()
-    with mode():
-        first = conv.standardized_weight()
-        assert conv.standardized_weight() is first
-    change(conv)
-    with mode():
-        second = conv.standardized_weight()
-        torch.testing.assert_close(
-            second,
-            standardize_weight(conv.weight, conv.eps, conv.dialect),
-        )
-        assert not torch.allclose(second, first)
-        assert conv.standardized_weight() is second
-
-
-def test_training_and_gradients_never_see_a_kept_weight():
-    conv = WSConv2d(4, 8, 3).eval()
+@pytest.mark.parametrize('training', [True, False])
+def test_convolves_with_the_weight_as_it_is(change, mode, training):
+    """...however it has been changed since the last pass."""
+    conv = WSConv2d(4, 8, 3, bias=False).train(training)
     x = torch.randn(1, 4, 5, 5)
-    with torch.inference_mode():
-        kept = conv.standardized_weight()
-        want = conv(x)
-    assert conv.standardized_weight().requires_grad  # evaluation with grad
-    conv(x).sum().backward()
-    assert conv.weight.grad.abs().sum() > 0
-    conv.train()
-    with torch.no_grad():
-        assert conv.standardized_weight() is not kept
-    conv.eval().requires_grad_(False)  # a frozen stage
-    y = conv(x.requires_grad_())
-    assert conv.standardized_weight() is conv.standardized_weight()
-    torch.testing.assert_close(y, want)
-    y.sum().backward()
-    assert set(conv.state_dict()) == {'weight', 'bias'}
-    twin = copy.deepcopy(conv)
-    assert conv._cached and not twin._cached
-    assert not pickle.loads(pickle.dumps(conv))._cached
+    for _ in range(2):
+        with mode():
+            before = conv(x)
+        change(conv)
+        with mode():
+            want = nn.functional.conv2d(
+                x.to(conv.weight),
+                reference.standardize(conv.weight, conv.dialect, conv.eps),
+            )
+            torch.testing.assert_close(conv(x.to(conv.weight)), want)
+        if change not in CHANGES[-2:]:  # those are the same a second time
+            assert not torch.allclose(want, before)
+
+
+@pytest.mark.parametrize('shortcuts', [True, False])
+@pytest.mark.parametrize('dialect', DIALECTS)
+def test_channels_last_weights_stay_channels_last(
+    shortcuts, dialect, monkeypatch
+):
+    monkeypatch.setattr(affine, 'SHORTCUTS', shortcuts)
+    conv = WSConv2d(4, 8, 3, dialect=dialect)
+    want = conv.standardized_weight()
+    conv.to(memory_format=torch.channels_last)
+    got = conv.standardized_weight()
+    assert got.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(got, want)
+    got.square().sum().backward()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])
+def test_compiles_without_a_graph_break(training, mode):
+    conv = WSConv2d(4, 8, 3).train(training)
+    compiled = torch.compile(conv, fullgraph=True)
+    with mode():
+        for size in (9, 12, 7):
+            x = torch.randn(2, 4, size, size + 1)
+            torch.testing.assert_close(
+                compiled(x), conv(x), rtol=1e-5, atol=1e-5
+            )
+
+
+def test_takes_the_names_of_torch():
+    conv = WSConv2d(4, 8, 3)
+    x = torch.randn(1, 4, 5, 5)
+    assert torch.equal(conv(input=x), conv(x))
 
 
 def test_bad_arguments():
@@ -163,3 +185,6 @@ def test_bad_arguments():
         WSConv2d(3, 8, 3, dialect='timm')
     with pytest.raises(ValueError, match='one weight.*plain convolution'):
         WSConv2d(8, 8, 1, groups=8)
+    for sizes in ((3, 0), (0, 3), (0, 0)):
+        with pytest.raises(ValueError, match='must be positive'):
+            WSConv2d(*sizes, 3)

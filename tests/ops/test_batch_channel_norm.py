@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from bcn_mm.ops import batch_channel_norm, default_num_groups
+from bcn_mm.ops import affine, batch_channel_norm, default_num_groups
 
 MODES = [
     pytest.param(dict(training=t, estimate=e), id=f'{m}-{s}')
@@ -147,6 +147,98 @@ def test_float32_error_is_that_of_group_norm(mode, ratio, shape):
     theirs = error(lambda x: F.group_norm(x, 32))
     for own, other in zip(error(ours), theirs):
         assert own <= 10 * other
+
+
+def composition(x, groups, mean, var, own, mode):
+    """Batch norm, then group norm, as torch has them."""
+    batch = mode['training'] and not mode['estimate']
+    if batch and x[:, 0].numel() == 1:  # which torch refuses
+        z = 0 * own['batch_weight'] + own['batch_bias']
+        z = z.view(1, -1, 1) + 0 * x
+    else:
+        z = F.batch_norm(
+            x, mean.clone(), var.clone(), own['batch_weight'],
+            own['batch_bias'], batch,
+        )  # fmt: skip
+    weight, bias = (
+        own[k].repeat_interleave(x.shape[1] // groups)
+        for k in ('weight', 'bias')
+    )
+    return torch.group_norm(z, groups, weight, bias)
+
+
+@pytest.mark.parametrize('mode', MODES)
+@pytest.mark.parametrize('shortcuts', [True, False])
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.sampled_from([1, 2, 5]),
+    length=st.sampled_from([1, 1, 2, 25, 400]),
+    planes=st.sampled_from(['random', 'constant', 'equal', 'nearly']),
+    offset=st.sampled_from([0.0, 0.3, 100.3]),
+    scale=st.sampled_from([0.0, 1.0, 10.0]),
+    gradient=st.sampled_from(['random', 'constant']),
+    seed=st.integers(0, 999),
+)
+def test_error_is_near_that_of_batch_norm_and_group_norm(
+    mode, shortcuts, n, length, planes, offset, scale, gradient, seed
+):
+    """...in planes with little or no variance too, where 1 / std is large."""
+    torch.manual_seed(seed)
+    groups, channels = 4, 16
+    start = operands(channels, groups, torch.float)
+    for name in AFFINE:  # all near a special value
+        start[name] = (
+            float('bias' not in name) + 0.01 * torch.randn_like(start[name])
+        )
+    shape = n, channels, length
+    x = torch.randn(shape)
+    if planes == 'constant':
+        x = torch.randn(n, channels, 1).expand(shape)
+    elif planes == 'equal':
+        x = torch.randn(1, channels, 1).expand(shape)
+    elif planes == 'nearly':
+        x = torch.randn(n, channels, 1) + 1e-3 * x
+    x = x * scale + offset
+    start['running_mean'] = start['running_mean'] * scale + offset
+    dy = torch.randn(shape)
+    if gradient == 'constant':
+        dy = torch.randn(n, channels, 1).expand(shape)
+
+    def differentiate(function, dtype):
+        leaf = x.to(dtype).requires_grad_()
+        own = {k: v.to(dtype, copy=True) for k, v in start.items()}
+        leaves = [leaf, *(own[k].requires_grad_() for k in AFFINE)]
+        y = function(leaf, own)
+        grads = torch.autograd.grad(y, leaves, dy.to(dtype))
+        return [t.detach().double() for t in (y, *grads)]
+
+    known = {}
+
+    def ours(x, own):
+        mean, var = own.pop('running_mean'), own.pop('running_var')
+        y = batch_channel_norm(x, groups, mean, var, **own, **mode)
+        known[x.dtype] = mean, var
+        return y
+
+    def theirs(x, own):
+        return composition(
+            x, groups, *(t.to(x.dtype) for t in known[torch.double]), own, mode
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(affine, 'SHORTCUTS', shortcuts)
+        exact = differentiate(ours, torch.double)
+        got = differentiate(ours, torch.float)
+    bar = differentiate(theirs, torch.float)
+    torch.testing.assert_close(  # that it is the same thing
+        exact, differentiate(theirs, torch.double), rtol=1e-6, atol=1e-6
+    )
+    for own, other, value in zip(got, bar, exact):
+        error, allowed = (
+            (t - value).abs().max().item() for t in (own, other)
+        )
+        floor = 1e-5 * value.abs().max().item() + 1e-5
+        assert error <= 10 * allowed + floor
 
 
 @pytest.mark.parametrize('mode', MODES)

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mmcv.cnn.bricks.conv_ws import conv_ws_2d
 from torch.autograd import gradcheck
 
-from bcn_mm.ops import DIALECTS, standardize_weight
+from bcn_mm.ops import DIALECTS, affine, standardize_weight
 
 
 @given(
@@ -19,24 +19,29 @@ from bcn_mm.ops import DIALECTS, standardize_weight
     offset=st.sampled_from([0.0, 1.0, 100.0]),
     scale=st.sampled_from([1e-3, 1.0]),
     dialect=st.sampled_from(sorted(DIALECTS)),
+    shortcuts=st.booleans(),
 )
-def test_agrees_with_the_definition(shape, offset, scale, dialect):
+def test_agrees_with_the_definition(shape, offset, scale, dialect, shortcuts):
     w = torch.randn(shape, dtype=torch.double) * scale + offset * scale
     w.requires_grad_()
     grad = torch.randn(shape, dtype=torch.double)
-    out, expected = (
-        f(w, dialect=dialect)
-        for f in (standardize_weight, reference.standardize)
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(affine, 'SHORTCUTS', shortcuts)
+        out = standardize_weight(w, dialect=dialect)
+        (got,) = torch.autograd.grad(out, w, grad)
+    expected = reference.standardize(w, dialect=dialect)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
-    (got,), (want,) = (
-        torch.autograd.grad(y, w, grad) for y in (out, expected)
-    )
+    (want,) = torch.autograd.grad(expected, w, grad)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 / scale)
 
 
+@pytest.fixture(params=[True, False], ids=['shortcuts', 'general'])
+def route(request, monkeypatch):
+    monkeypatch.setattr(affine, 'SHORTCUTS', request.param)
+
+
 @pytest.mark.parametrize('dialect', DIALECTS)
-def test_gradcheck(dialect):
+def test_gradcheck(dialect, route):
     w = torch.randn(4, 3, 3, dtype=torch.double, requires_grad=True)
     assert gradcheck(lambda w: standardize_weight(w, 1e-2, dialect), w)
 
@@ -50,7 +55,7 @@ def test_std_is_what_mmcv_computes():
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
-def test_constant_filter_is_zero_with_finite_gradient(dialect):
+def test_constant_filter_is_zero_with_finite_gradient(dialect, route):
     w = torch.full((2, 3, 3, 3), 0.7, requires_grad=True)
     out = standardize_weight(w, dialect=dialect)
     out.backward(torch.randn_like(w))
