@@ -5,6 +5,7 @@ scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 """
 
 from .checkpoint import extend_mmengine
+from .fusion import extend_fusion
 from .hooks import EliminationSingularityHook, SyncEstimatesHook
 from .hub import get_config, get_model, list_models
 from .layers import (
@@ -43,4 +44,5 @@ __all__ = [
 
 allow_mmengine_checkpoints()
 extend_mmengine()
+extend_fusion()
 offer_configs()

@@ -7,8 +7,9 @@ import os
 import os.path as osp
 import tempfile
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from contextlib import contextmanager
+from itertools import chain
 from typing import (
     Any,
     Dict,
@@ -27,6 +28,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .layers import BCN, is_replaceable
+from .layers.convert import norms_kept, stock_norm
 from .runtime import read_checkpoint
 
 # What takes the place of a convolution with --ws; others have no standardized
@@ -60,14 +62,17 @@ class Change(NamedTuple):
 
 
 def _is_norm(kind: type) -> bool:
-    return inspect.isclass(kind) and issubclass(
-        kind,
-        (
-            nn.modules.batchnorm._NormBase,
-            nn.GroupNorm,
-            nn.LayerNorm,
-            nn.LocalResponseNorm,
-        ),
+    return inspect.isclass(kind) and (
+        stock_norm(kind) is not None
+        or issubclass(
+            kind,
+            (
+                nn.modules.batchnorm._NormBase,
+                nn.GroupNorm,
+                nn.LayerNorm,
+                nn.LocalResponseNorm,
+            ),
+        )
     )
 
 
@@ -191,15 +196,27 @@ class _Converter:
             elif issubclass(norm, BCN):
                 norms.append((key, norm))
             elif not is_replaceable(norm):
-                self.leave(where, value, f'{norm.__name__} is no norm of '
-                           'batches or groups')  # fmt: skip
+                self.leave(
+                    where,
+                    value,
+                    f'{norm.__name__} has a forward of its own and may do '
+                    f'more than normalize'
+                    if stock_norm(norm)
+                    else f'{norm.__name__} is no norm of batches or groups',
+                )
             elif not self.wanted(where):
                 self.leave(where, value, 'not in --only')
             else:
-                note = "the constructor's default" if key in implicit else ''
-                node[key] = self.bcn_for(value)
+                node[key], notes = self.bcn_for(value)
+                if key in implicit:
+                    notes.insert(0, "the constructor's default")
                 self.changes.append(
-                    Change(where, value, copy.deepcopy(node[key]), note)
+                    Change(
+                        where,
+                        value,
+                        copy.deepcopy(node[key]),
+                        '; '.join(notes),
+                    )
                 )
                 norms.append((key, norm))
         if norms and here:
@@ -212,12 +229,21 @@ class _Converter:
                 self.kinds[part_of(path)] |= stock or {BCN}
                 self.unfreeze(node, path, arguments, stock, plain)
 
-    def bcn_for(self, norm) -> ConfigDict:
-        """What replaces a norm; groups chosen by the config are kept."""
-        cfg = copy.deepcopy(self.norm_cfg)
+    def bcn_for(self, norm) -> Tuple[ConfigDict, List[str]]:
+        """What replaces a norm, and notes on it.
+
+        What its weights cannot do without is kept, and groups chosen by the
+        config.
+        """
+        cfg, notes = copy.deepcopy(self.norm_cfg), []
         if norm.get('num_groups', 32) != 32:
             cfg.setdefault('num_groups', norm.num_groups)
-        return cfg
+        if not norm.get('affine', True):
+            cfg.setdefault('affine', False)
+        if norm.get('eps') and 'eps' not in cfg:  # some have 0, BCN cannot
+            cfg.eps = norm.eps
+            notes.append('eps kept, weights trained with it need it')
+        return cfg, notes
 
     def undo(self, path) -> None:
         """Leave to its default again what a component takes by default."""
@@ -327,8 +353,11 @@ def to_bcn(
     """Make a BCN config of any config of mmdet, mmsegmentation or their kin.
 
     Every BatchNorm, SyncBN and GroupNorm that the model's config names, or
-    that a component takes by its constructor's default, becomes BCN. Norms of
-    other kinds stay. Further:
+    that a component takes by its constructor's default, becomes BCN, with the
+    ``eps`` that its config gives (of BatchNorm and of GroupNorm), so that
+    weights which were trained with it still fit, and without affine
+    parameters where it has none. Norms of other kinds stay, and subclasses
+    with a ``forward`` of their own, which may do more than normalize. Further:
 
     - a component that builds norms without asking its config is built
       through :func:`bcn_mm.WithBCN`;
@@ -568,6 +597,11 @@ def _wrap(node, path, model, walk) -> None:
                        'builds without asking its config')
             )  # fmt: skip
             walk.norms.setdefault(where, []).append(component.bcn_cfg)
+    for (kind, reason), names in norms_kept(model).items():
+        owners = Counter(_innermost(name, components) for name in names)
+        for owner, count in owners.items():
+            where = f'{path}.{owner}' if owner else path
+            walk.leave(where, f'{count} x {kind}', reason)
 
 
 def _separate_levels(node, path, walk) -> None:
@@ -626,12 +660,16 @@ def build_model(
 def leftovers(model: nn.Module) -> Dict[str, List[str]]:
     """The BatchNorms, SyncBNs and GroupNorms in a model, BCN excepted.
 
+    Without those that BCN cannot stand for
+    (:func:`bcn_mm.layers.convert.norms_kept`).
+
     Returns:
         dict: class name -> names of the layers.
     """
+    kept = set(chain(*norms_kept(model).values()))
     found = defaultdict(list)
     for name, layer in model.named_modules():
-        if is_replaceable(type(layer)):
+        if is_replaceable(type(layer)) and name not in kept:
             found[type(layer).__name__].append(name)
     return dict(found)
 

@@ -81,9 +81,11 @@ def _restoring(
     .. math:: \gamma_g = \sqrt{mean(\gamma_c^2) + var(\beta_c) + eps},
               \quad \beta_g = mean(\beta_c)
     """
-    w, b = weight.view(groups, -1), bias.view(groups, -1)
+    # float16 has neither room for squares nor for eps
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    w, b = (t.to(precise).view(groups, -1) for t in (weight, bias))
     scale = w.square().mean(1) + b.var(1, unbiased=False) + eps
-    return scale.sqrt(), b.mean(1)
+    return scale.sqrt().to(weight.dtype), b.mean(1).to(bias.dtype)
 
 
 def adopt_batch_norm(

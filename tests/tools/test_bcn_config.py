@@ -18,6 +18,7 @@ TOOL = 'tools/misc/bcn_config.py'
 SURVEY = 'tools/analysis_tools/survey_zoo.py'
 RETINA = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+YOLOX = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
 BISENET = (
     'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
 )
@@ -45,6 +46,16 @@ def test_writes_what_it_shows_and_once_more_nothing(tmp_path, python):
     assert 'Nothing to change.' in shown
     assert Config.fromfile(again).to_dict() == want.to_dict()
     assert again.read_text().split() == ['_base_', '=', "'fcos.py'"]
+
+
+def test_says_that_eps_is_kept(tmp_path, python):
+    out = tmp_path / 'c.py'
+    shown = python(TOOL, YOLOX, '-o', out, COLUMNS='200')
+    row = r'model\.backbone\.norm_cfg .*eps=0\.001.*BCN.*eps=0\.001.*eps kept'
+    assert re.search(row, shown), shown
+    for part in ('backbone', 'neck', 'bbox_head'):
+        norm_cfg = Config.fromfile(out).model[part].norm_cfg
+        assert norm_cfg == dict(type='BCN', eps=1e-3)
 
 
 def test_options(tmp_path, python):

@@ -1,10 +1,10 @@
 """Make a BCN config of a stock config, and say what was changed.
 
 Every BatchNorm, SyncBN and GroupNorm of the model becomes BCN, those that its
-components take by default included; norm_eval and frozen stages are turned
-off, checkpoints that no longer fit are dropped, and heads that pyramid levels
-share get an estimate for each level. What is written inherits from the source
-and says only what differs.
+components take by default included, with the eps that the config gives it;
+norm_eval and frozen stages are turned off, checkpoints that no longer fit are
+dropped, and heads that pyramid levels share get an estimate for each level.
+What is written inherits from the source and says only what differs.
 """
 
 import argparse
