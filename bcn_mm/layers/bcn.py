@@ -318,7 +318,9 @@ class BCN(nn.GroupNorm):
         """
         names = ('num_batches_tracked', 'running_mean', 'running_var')
         passes, mean, var = (state_dict.get(prefix + name) for name in names)
-        if any(t is None for t in (passes, mean, var)) or passes.any():
+        if any(t is None or t.is_meta for t in (passes, mean, var)):
+            return
+        if passes.any():
             return
         if mean.any() or (var != 1).any():
             age = math.ceil(1 / self.momentum) if self.momentum else 1

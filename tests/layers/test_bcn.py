@@ -229,6 +229,21 @@ def test_compiles_for_pictures_of_every_size(estimate, dtype):
         torch.testing.assert_close(estimates(net), estimates(twin), **tight)
 
 
+@pytest.mark.slow
+@MODES
+def test_compiled_sums_of_float16_do_not_overflow(estimate):
+    layer = BCN(8, 2, estimate=estimate)
+    compiled = torch.compile(copy.deepcopy(layer))
+    x = (torch.randn(1, 8, 160, 160) + 20).half()
+    results = []
+    for net in (layer, compiled):
+        leaf = x.clone().requires_grad_()
+        net(leaf).backward(torch.full_like(x, 3))  # 76,800 in each channel
+        sums = [p.grad / x[0, 0].numel() for p in net.parameters()]
+        results.append([leaf.grad, *sums])
+    torch.testing.assert_close(*results, rtol=1e-2, atol=1e-3)
+
+
 @MODES
 def test_in_place_activation(estimate):
     """mmdet's ReLU works in place, which autograd allows on no view."""
@@ -872,6 +887,27 @@ def test_own_state_round_trip(log):
 def test_anything_else_is_a_mismatch(source, message):
     with pytest.raises(RuntimeError, match=message):
         BCN(64).load_state_dict(source.state_dict())
+
+
+@pytest.mark.parametrize(
+    'source', [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)]
+)
+@pytest.mark.parametrize('levels', [1, 3])
+def test_a_foreign_state_that_is_assigned(source, levels):
+    """All of a layer ends on the state's device, in memory of its own."""
+    state = source(8).to('meta').state_dict()
+    state.pop('num_batches_tracked', None)
+    layer = BCN(8, num_levels=levels)
+    layer.load_state_dict(state, assign=True)
+    tensors = [*layer.parameters(), *layer.buffers()]
+    assert {t.device.type for t in tensors} == {'meta'}
+    state = {k: torch.ones_like(t, device='cpu') for k, t in state.items()}
+    layer = BCN(8, num_levels=levels)
+    layer.load_state_dict(state, assign=True)
+    before = layer.running_mean.view(levels, 8).clone()
+    layer(torch.randn(2, 8, 4, 4) + 5)  # moves the first level alone
+    moved = layer.running_mean.view(levels, 8) != before
+    assert moved.any(1).sum() == 1
 
 
 def test_leftovers_of_a_known_layout_are_reported():
