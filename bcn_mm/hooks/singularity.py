@@ -55,7 +55,7 @@ class _Call(NamedTuple):
 
 def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, (C)."""
-    mean, var = affine.moments(affine.dense(x))
+    mean, var, _ = affine.moments(affine.dense(x))
     # every sample has as many positions
     return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
 

@@ -47,6 +47,9 @@ class Moments(NamedTuple):
 
     mean: Tensor
     var: Tensor  # biased
+    # Whether a row has a mean of more than the square root of _FAR standard
+    # deviations, as far as the CPU's shortcuts want to know
+    far: bool = True
 
 
 def exporting() -> bool:
@@ -159,7 +162,7 @@ def moments(x: Tensor) -> Moments:
     x, dtype = _flat(x), compute_dtype(x)
     if x.shape[2] == 1:
         mean = x[:, :, 0].to(dtype, copy=True)
-        return Moments(mean, torch.zeros_like(mean))
+        return Moments(mean, torch.zeros_like(mean), False)
     if has_shortcuts(x):
         return _moments_on_cpu(x, dtype)
     if x.dtype == dtype or torch.compiler.is_compiling() or transforming():
@@ -205,17 +208,18 @@ def _moments_on_cpu(x: Tensor, dtype: torch.dtype) -> Moments:
     var = torch.addcmul(square, mean, mean, value=-1)
     # square > (_CANCELLATION + 1) * var, or an overflow
     cancelled = torch.add(square, var, alpha=-1 - _CANCELLATION)
+    far = False
     for n, c in _where_not(cancelled, length):
         rows = x[n, c].to(dtype)
         shift = rows.mean(dim=1, keepdim=True)
         rows = rows - shift
         rest = rows.mean(dim=1)
-        mean[n, c] = shift.squeeze(1) + rest
         rows = rows - rest.unsqueeze(1)
-        var[n, c] = (
-            torch.linalg.vector_norm(rows, dim=1).square() / length
-        )
-    return Moments(mean, var)
+        m = shift.squeeze(1) + rest
+        v = torch.linalg.vector_norm(rows, dim=1).square_().div_(length)
+        mean[n, c], var[n, c] = m, v
+        far = far or (m.square_() > v.mul_(_FAR)).any().item()
+    return Moments(mean, var, far)
 
 
 def _where_not(t: Tensor, length: int) -> Iterator[Tuple[Tensor, ...]]:
@@ -229,10 +233,10 @@ def _where_not(t: Tensor, length: int) -> Iterator[Tuple[Tensor, ...]]:
 
 def _far_rows(x: Tensor, moments: Moments) -> Iterator[Tuple[Tensor, ...]]:
     """The rows that have to be centred before they are scaled."""
-    mean, var = moments
-    return _where_not(
-        torch.addcmul(-_FAR * var, mean, mean), x.shape[2:].numel()
-    )
+    mean, var, far = moments
+    if far:
+        far = torch.addcmul(var * -_FAR, mean, mean)
+        yield from _where_not(far, x.shape[2:].numel())
 
 
 def apply(

@@ -190,7 +190,7 @@ def _backward(
     input_gradient: bool,
 ) -> Tuple[Optional[Tensor], ...]:  # fmt: skip
     """The gradients of x and of the four affine parameters."""
-    mean, var = moments
+    mean, var, _ = moments
     if x.numel() == 0:
         if batch.count is not None and group is not None and input_gradient:
             dist.all_reduce(mean.new_zeros(2, mean.shape[1]), group=group)
@@ -234,12 +234,13 @@ def _backward(
         dy_scale = dy_scale.view(mean.shape)
         at_mean = dz_total.view(mean.shape) / length
         if batch.count is not None:
-            along = torch.stack((d_shift, d_factor))
+            along_mean, along_std = d_shift, d_factor
             if group is not None:
-                dist.all_reduce(along, group=group)
-            along_mean, along_std = along / batch.count
-            slope = batch.inv_std * along_std
-            at_mean.sub_(along_mean).addcmul_(slope, s.offset, value=-1)
+                along_mean, along_std = sums = torch.stack((d_shift, d_factor))
+                dist.all_reduce(sums, group=group)
+            slope = batch.inv_std * along_std / batch.count
+            at_mean.sub_(along_mean / batch.count)
+            at_mean.addcmul_(slope, s.offset, value=-1)
             x_scale.addcmul_(slope, s.factor, value=-1)
         at_mean.mul_(s.factor)
         dx = affine.apply_add(
@@ -257,21 +258,21 @@ def _backward(
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, batch_mean,
-        inv_std, count, num_groups, eps, group,
+        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, far,
+        batch_mean, inv_std, count, num_groups, eps, group,
     ):  # fmt: skip
         is_tensor = isinstance(count, Tensor)
         ctx.save_for_backward(
             x, mean, var, batch_mean, inv_std, batch_weight, batch_bias,
             weight, count if is_tensor else None,
         )  # fmt: skip
-        ctx.count = None if is_tensor else count
+        ctx.far, ctx.count = far, None if is_tensor else count
         ctx.settings = num_groups, eps, group
         if x.numel() == 0:
             return torch.empty_like(x)
         return _normalize(
             x,
-            Moments(mean, var),
+            Moments(mean, var, far),
             _Batch(batch_mean, inv_std, count),
             _Affine(batch_weight, batch_bias, weight, bias),
             num_groups,
@@ -285,13 +286,13 @@ class _BatchChannelNorm(torch.autograd.Function):
         gradients = _backward(
             affine.like(dy, x),
             x,
-            Moments(mean, var),
+            Moments(mean, var, ctx.far),
             _Batch(batch_mean, inv_std, ctx.count if count is None else count),
             _Affine(*affines, None),  # as in all norms, it may move by then
             *ctx.settings,
             ctx.needs_input_grad[0],
         )
-        return (*gradients, *[None] * 8)
+        return (*gradients, *[None] * 9)
 
 
 def _autocast_off(x: Tensor):
@@ -748,7 +749,7 @@ def _batch_statistics(
     x, moments, running, rule, group
 ) -> Tuple[Tensor, Tensor, Union[int, Tensor]]:
     """Mean and biased variance of this batch, (C), and of how many values."""
-    mean, var = moments
+    mean, var, _ = moments
     running_mean = running[0]
     if group is not None:
         return _over_ranks(
