@@ -161,9 +161,8 @@ class EliminationSingularityHook(Hook):
     window begins with such a step. The last norm of a residual block does not
     count: its output is added to something, and the ReLU sees the sum. Nor do
     norms of which something other than an identity is between them and the
-    ReLU.
-    Norms in evaluation mode count as any other. Only the model's own forward
-    pass counts: not validation, and not what activation checkpointing
+    ReLU. Norms in evaluation mode count as any other. Only the model's own
+    forward pass counts: not validation, and not what activation checkpointing
     repeats. Calls with empty inputs are passed over, and so are, for each
     channel, calls in which its moments are not finite.
 
@@ -353,8 +352,8 @@ class EliminationSingularityHook(Hook):
         }
         if not layers:
             why = (
-                f'nothing that {len(fed)} norms have fed to ReLUs in this '
-                f'window was finite; nothing is measured'
+                f'norms have fed ReLUs in this window ({len(fed)}), but the '
+                f'moments of no channel were finite; nothing is measured'
                 if fed
                 else 'no norm has fed a ReLU in this window'
             )

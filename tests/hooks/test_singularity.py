@@ -596,7 +596,7 @@ class Broken(nn.Module):
 
 def warning_in(folder):
     text = ''.join(path.read_text() for path in folder.rglob('*.log'))
-    reasons = ('was finite', 'no norm has fed a ReLU')
+    reasons = ('were finite', 'no norm has fed a ReLU')
     return ' and '.join(reason for reason in reasons if reason in text)
 
 
@@ -606,14 +606,14 @@ def test_why_nothing_is_measured(kind, way, tmp_path):
     hook = EliminationSingularityHook(interval=1, window=1)
     train(Broken(kind, way), images(1), tmp_path, hook)
     want = dict(plain='no norm has fed a ReLU', fed='')
-    assert warning_in(tmp_path) == want.get(way, 'was finite')
+    assert warning_in(tmp_path) == want.get(way, 'were finite')
     assert (hook.results is None) == (way != 'fed')
 
 
 WAYS_OF_RANKS = [
-    ('nan', 'inf', 'was finite'),
-    ('plain', 'nan', 'was finite'),
-    ('nan', 'plain', 'was finite'),
+    ('nan', 'inf', 'were finite'),
+    ('plain', 'nan', 'were finite'),
+    ('nan', 'plain', 'were finite'),
     ('plain', 'plain', 'no norm has fed a ReLU'),
     ('fed', 'nan', ''),
     ('nan', 'fed', ''),
