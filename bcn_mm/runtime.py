@@ -26,9 +26,10 @@ from mmengine.config import Config, DictAction
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner import checkpoint as reading
+from torch.nn.parallel import DistributedDataParallel
 
 from .checkpoint import check_finite
 
@@ -397,37 +398,75 @@ _STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 
 
 def _prepare_launch(cfg: Config) -> None:
-    """Let every launcher run without a GPU, on gloo.
+    """Let every launcher run, without a GPU on gloo.
 
     mmengine's launchers select a CUDA device unconditionally and its DDP
     wrapper names one; a process group that is already up is left alone.
     """
-    if cfg.launcher == 'none' or torch.cuda.is_available():
+    if cfg.launcher == 'none':
         return
-    starter, names = _STARTERS[cfg.launcher], _RANKS[cfg.launcher]
+    _say_which_rank(cfg.launcher)
+    if not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+        atexit.register(_leave_gloo)
+        if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
+            _keep_fsdp_on_cpu(cfg.strategy)
+        cfg.setdefault('model_wrapper_cfg', {})
+        if _wraps_in_ddp(cfg.model_wrapper_cfg):
+            cfg.model_wrapper_cfg.setdefault('device_ids', None)
+            cfg.model_wrapper_cfg.setdefault(
+                'find_unused_parameters',
+                cfg.get('find_unused_parameters', False),
+            )
+    _keep_own_estimates(cfg)
+
+
+def _say_which_rank(launcher: str) -> None:
+    """Say in the environment, as torchrun does, what the launcher says.
+
+    mmengine reads it there, also where mpirun never wrote it: the GPU that
+    DDP takes is ``LOCAL_RANK``.
+    """
+    starter, names = _STARTERS[launcher], _RANKS[launcher]
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise InputError(
-            f'--launcher {cfg.launcher} is for {starter}, which sets '
+            f'--launcher {launcher} is for {starter}, which sets '
             f'{" and ".join(missing)}; start the script with {starter}'
         )
     for own, given in zip(_RANKS['pytorch'], names):
         os.environ[own] = os.environ[given]
     os.environ.setdefault('MASTER_PORT', '29500')
     if 'MASTER_ADDR' not in os.environ:
-        os.environ['MASTER_ADDR'] = _first_host(cfg.launcher)
-    torch.distributed.init_process_group('gloo')
-    atexit.register(_leave_gloo)
-    if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
-        _keep_fsdp_on_cpu(cfg.strategy)
-    cfg.setdefault('model_wrapper_cfg', {})
-    for key, value in dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get('find_unused_parameters', False),
-    ).items():
-        cfg.model_wrapper_cfg.setdefault(key, value)
+        os.environ['MASTER_ADDR'] = _first_host(launcher)
+
+
+def _keep_own_estimates(cfg: Config) -> None:
+    """Have a DDP of the user's leave every rank its own estimates.
+
+    DDP broadcasts the first rank's buffers in every pass unless told not to;
+    mmengine tells it where a config does not say how to wrap the model.
+    """
+    strategy = cfg.get('strategy') or {}
+    wrappers = [cfg.get('model_wrapper_cfg')]
+    if strategy.get('type') == 'DDPStrategy':
+        wrappers.append(strategy.get('model_wrapper'))
+    for wrapper in wrappers:
+        # a newer name of the same setting is an answer, too
+        if (
+            wrapper is not None
+            and _wraps_in_ddp(wrapper)
+            and 'forward_sync_buffers' not in wrapper
+        ):
+            wrapper.setdefault('broadcast_buffers', False)
+
+
+def _wraps_in_ddp(wrapper: dict) -> bool:
+    kind = wrapper.get('type', 'MMDistributedDataParallel')
+    if isinstance(kind, str):
+        # not .get(), which logs, and so asks which rank this is, too early
+        kind = MODEL_WRAPPERS.module_dict.get(kind.rpartition('.')[2])
+    return kind is not None and issubclass(kind, DistributedDataParallel)
 
 
 def _leave_gloo() -> None:

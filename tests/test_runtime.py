@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import pickle
 import random
+import socket
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,13 +14,17 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.registry import MODEL_WRAPPERS, MODELS
 from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import nn
 
 from bcn_mm import BCN
 from bcn_mm.runtime import (
+    _RANKS,
     AtomicLocalBackend,
     InputError,
+    _prepare_launch,
     add_arguments,
     build_runner,
     check_match,
@@ -182,6 +188,17 @@ def test_one_line_errors(capsys, monkeypatch):
         raise KeyError('name')
 
 
+@pytest.fixture(params=[False, True], ids=['CPU', 'CUDA'])
+def cuda(request, monkeypatch):
+    """Whether there seems to be a GPU; and an environment of this test's."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: request.param)
+    names = [*sum(_RANKS.values(), ()), 'MASTER_ADDR', 'MASTER_PORT']
+    with mock.patch.dict(os.environ):
+        for name in names:
+            os.environ.pop(name, None)
+        yield request.param
+
+
 @pytest.mark.parametrize(
     'launcher, message',
     [
@@ -190,22 +207,141 @@ def test_one_line_errors(capsys, monkeypatch):
         ('mpi', 'sets OMPI_COMM_WORLD_RANK .* with mpirun'),
     ],
 )
-def test_launchers_that_did_not_start_this(monkeypatch, launcher, message):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'):
-        monkeypatch.delenv(name, raising=False)
+def test_launchers_that_did_not_start_this(cuda, launcher, message):
     with pytest.raises(InputError, match=message):
         build_runner(Config(dict(launcher=launcher)))
 
 
-def test_a_launcher_that_does_not_say_where(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.delenv('MASTER_ADDR', raising=False)
-    for name in ('RANK', 'SIZE', 'LOCAL_RANK'):
-        monkeypatch.setenv(f'OMPI_COMM_WORLD_{name}', '0')
-        monkeypatch.setenv({'SIZE': 'WORLD_SIZE'}.get(name, name), '0')
+@pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
+def test_a_launcher_that_does_not_say_where(cuda, launcher):
+    os.environ.pop('SLURM_JOB_NODELIST', None)
+    os.environ.update(dict.fromkeys(_RANKS[launcher], '0'))
     with pytest.raises(InputError, match='set MASTER_ADDR'):
-        build_runner(Config(dict(launcher='mpi')))
+        build_runner(Config(dict(launcher=launcher)))
+
+
+@pytest.mark.parametrize('launcher', ['slurm', 'mpi'])
+@pytest.mark.parametrize('seed', range(4))
+def test_every_rank_names_its_own_gpu(launcher, seed, monkeypatch):
+    """mmengine's DDP takes LOCAL_RANK, which mpirun does not set and which
+    reading the arguments has set to 0."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    chance = random.Random(seed)
+    machines = [chance.randint(1, 8) for _ in range(chance.randint(1, 3))]
+    port = chance.choice([None, '1234'])
+    seen = set()
+    for machine, gpus in enumerate(machines):
+        for gpu in range(gpus):
+            rank = sum(machines[:machine]) + gpu
+            given = map(str, (rank, sum(machines), gpu))
+            given = dict(zip(_RANKS[launcher], given))
+            given.update(LOCAL_RANK='0', MASTER_ADDR='a.host')
+            with mock.patch.dict(os.environ, given):
+                os.environ.pop('MASTER_PORT', None)
+                if port:
+                    os.environ['MASTER_PORT'] = port
+                _prepare_launch(Config(dict(launcher=launcher)))
+                said = [os.environ[name] for name in _RANKS['pytorch']]
+                assert os.environ['MASTER_ADDR'] == 'a.host'
+                assert os.environ['MASTER_PORT'] == (port or '29500')
+            assert said == [str(rank), str(sum(machines)), str(gpu)]
+            seen.add((machine, said[2]))
+    assert len(seen) == sum(machines)
+    assert not torch.distributed.is_initialized()  # mmengine does that
+
+
+@MODEL_WRAPPERS.register_module()
+class OwnWrapper(MMDistributedDataParallel):
+    """A user's."""
+
+
+@pytest.mark.parametrize(
+    'wrapper, want',
+    [
+        (dict(), False),
+        (dict(find_unused_parameters=True), False),
+        (dict(type='MMDistributedDataParallel', bucket_cap_mb=5), False),
+        (dict(type='DistributedDataParallel'), False),
+        (dict(type='mmengine.MMDistributedDataParallel'), False),
+        (dict(type='MMSeparateDistributedDataParallel'), False),
+        (dict(type='OwnWrapper'), False),
+        (dict(type=OwnWrapper), False),
+        (dict(type='OwnWrapper', broadcast_buffers=True), True),
+        (dict(broadcast_buffers=True), True),
+        (dict(broadcast_buffers=False), False),
+        # what torch calls it from 2.13 on
+        (dict(forward_sync_buffers=True), None),
+        (dict(type='MMFullyShardedDataParallel'), None),
+        (dict(type='DataParallel'), None),
+    ],
+)
+def test_ranks_keep_their_own_estimates(wrapper, want, monkeypatch):
+    """Under a wrapper of the user's too, unless that says otherwise."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    environment = dict.fromkeys((*_RANKS['pytorch'], 'MASTER_ADDR'), '0')
+    with mock.patch.dict(os.environ, environment):
+        for strategy in (None, 'DDPStrategy'):
+            cfg = dict(launcher='pytorch', model_wrapper_cfg=dict(wrapper))
+            if strategy:
+                own = dict(model_wrapper=cfg.pop('model_wrapper_cfg'))
+                cfg.update(strategy=dict(type=strategy, **own))
+            cfg = Config(cfg)
+            _prepare_launch(cfg)
+            node = cfg.get('model_wrapper_cfg')
+            if strategy:
+                assert node is None
+                node = cfg.strategy.model_wrapper
+            assert node.get('broadcast_buffers') is want
+            assert {k: node[k] for k in wrapper} == wrapper
+            for key in ('device_ids', 'type'):  # mmengine's business
+                assert (key in node) == (key in wrapper)
+        for cfg in (dict(), dict(strategy=dict(type='DDPStrategy'))):
+            cfg = Config(dict(cfg, launcher='pytorch'))
+            _prepare_launch(cfg)  # nothing to say where a user says nothing
+            assert 'model_wrapper_cfg' not in cfg
+
+
+@MODELS.register_module()
+class Tiny(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), BCN(4)
+
+    def forward(self, inputs, mode='tensor'):
+        return dict(loss=self.norm(self.conv(inputs)).mean())
+
+
+def launch(rank, port, folder):
+    os.environ.update(zip(_RANKS['mpi'], map(str, (rank, 2, rank))))
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+    os.environ['LOCAL_RANK'] = '0'
+    cfg = Config(
+        dict(
+            model=dict(type='Tiny'),
+            work_dir=folder,
+            launcher='mpi',
+            model_wrapper_cfg=dict(bucket_cap_mb=5),
+        )
+    )
+    model = build_runner(cfg).model
+    torch.manual_seed(rank)
+    for _ in range(2):
+        model(torch.randn(1, 3, 6, 6), mode='loss')['loss'].backward()
+    moved = model.module.norm.running_mean
+    torch.save((model.broadcast_buffers, moved), f'{folder}/{rank}.pt')
+
+
+def test_ranks_without_a_gpu_keep_theirs(tmp_path):
+    """The same, of a runner that mpirun's variables start on gloo."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    torch.multiprocessing.spawn(launch, (port, str(tmp_path)), nprocs=2)
+    (first, one), (second, two) = (
+        torch.load(tmp_path / f'{rank}.pt') for rank in range(2)
+    )
+    assert first is second is False
+    assert not torch.equal(one, two)
 
 
 @pytest.fixture

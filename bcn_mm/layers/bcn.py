@@ -407,10 +407,11 @@ def average_estimates(
     With :math:`n_k` the training passes that rank k has seen, the mean is
     :math:`\bar\mu = \sum n_k \mu_k / \sum n_k` and the variance that of the
     mixture, :math:`\sum n_k (\sigma_k^2 + (\mu_k - \bar\mu)^2) / \sum n_k`;
-    ``num_batches_tracked`` becomes the mean, rounded. A layer that no rank has
-    used stays as it is; pyramid levels are averaged each for itself. One
-    ``all_reduce`` of 2 C + 1 float64 numbers for all layers; every rank must
-    call it. Without effect in a single process.
+    ``num_batches_tracked`` becomes the mean, rounded. Where no rank has seen
+    any, all weigh the same; pyramid levels are averaged each for itself.
+    Estimates that agree already stay as they are. Two ``all_reduce`` of 3 C
+    float64 numbers together for all layers, on the device of the first; every
+    rank must call it. Without effect in a single process.
 
     Args:
         module (nn.Module): Changed in place.
@@ -420,27 +421,32 @@ def average_estimates(
     if not (layers and dist.is_available() and dist.is_initialized()):
         return
     ranks = dist.get_world_size(process_group)
-    if ranks == 1:
+    if ranks < 2:
         return
-    sums = []
-    for layer in layers:
-        passes = layer.num_batches_tracked.to(torch.float64).unsqueeze(-1)
-        mean = layer.running_mean.to(torch.float64)
-        second = layer.running_var + mean.square()
-        sums += [mean * passes, second * passes, passes]
-    shapes = [t.shape for t in sums]
-    sums = torch.cat([t.flatten() for t in sums])
+    means = [layer.running_mean for layer in layers]
+    variances = [layer.running_var for layer in layers]
+    passes = [layer.num_batches_tracked.unsqueeze(-1) for layer in layers]
+
+    def flat(tensors):
+        # a copy of a model may be on another device
+        return torch.cat(
+            [t.to(means[0].device, torch.float64).flatten() for t in tensors]
+        )
+
+    own, var = flat(means), flat(variances)
+    # a rank without a pass weighs nothing beside others, but as much as they
+    # do if they have none either
+    weight = flat(n.expand_as(m) for n, m in zip(passes, means))
+    weight = weight.clamp_min(2.0**-500)
+    sums = torch.stack((weight, weight * own))
     dist.all_reduce(sums, group=process_group)
-    parts = sums.split([shape.numel() for shape in shapes])
-    parts = [part.view(shape) for part, shape in zip(parts, shapes)]
-    for layer, mean, second, passes in zip(
-        layers, parts[::3], parts[1::3], parts[2::3]
-    ):
-        seen = passes > 0
-        mean, second = mean / passes, second / passes
-        for buffer, value in (
-            (layer.running_mean, mean),
-            (layer.running_var, second - mean.square()),
-        ):
-            buffer.copy_(torch.where(seen, value.to(buffer.dtype), buffer))
-        layer.num_batches_tracked.copy_((passes / ranks).round().squeeze(-1))
+    total, mean = sums[0], sums[1] / sums[0]
+    # about the common mean: a difference of moments cancels where it is large
+    var = weight * (var + (own - mean).square())
+    dist.all_reduce(var, group=process_group)
+    sizes = [m.numel() for m in means]
+    for buffers, values in ((means, mean), (variances, var / total)):
+        for buffer, value in zip(buffers, values.split(sizes)):
+            buffer.copy_(value.view_as(buffer))
+    for n, value in zip(passes, (total / ranks).round().split(sizes)):
+        n.copy_(value.view(*n.shape[:-1], -1)[..., :1])

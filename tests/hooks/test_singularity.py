@@ -283,7 +283,7 @@ def test_statistics_are_those_of_the_window(case, tmp_path):
             assert network[key] == sum(map(len, found)) / len(margins)
     # outside of its windows nothing of the hook is there; within, a hook for
     # each norm, and in the first step what sees where their outputs go
-    assert body.hooks == [0, 3, 2, 2, 0, 2, 2, 2]
+    assert body.hooks == [0, 3, 2, 2, 0, 3, 2, 2]
 
 
 @pytest.mark.parametrize('kind', NORMS)
@@ -447,6 +447,207 @@ def test_frozen_layers_and_segmenters(tmp_path):
     assert not any(name.endswith('layer1.0.bn2') for name in layers)
 
 
+class Scheduled(nn.Module):
+    """Norms that run in some steps, and feed a ReLU in some of these.
+
+    The schedule is drawn anew for each seed and rank; the last norm never
+    runs.
+    """
+
+    WAYS = ('absent', 'plain', 'fed', 'both', 'empty')
+
+    def __init__(self, seed, rank=0, steps=12):
+        super().__init__()
+        torch.manual_seed(0)
+        kinds = ['BN', 'GN', 'BCN', 'GN', 'BCN', 'GN']
+        self.norms = nn.ModuleList(NORMS[kind](CHANNELS) for kind in kinds)
+        self.conv = nn.Conv2d(3, CHANNELS, 3)
+        generator = torch.Generator().manual_seed(100 * seed + rank)
+        ways = torch.randint(5, (steps, len(kinds)), generator=generator)
+        ways[:, -1] = 0
+        self.schedule = [[self.WAYS[i] for i in row] for row in ways]
+        self.kept = [[[] for _ in kinds] for _ in range(steps)]
+        self.steps = 0
+
+    def forward(self, x):
+        x = self.conv(x)
+        y = sum(0 * p.sum() for p in self.parameters()) + x.mean()
+        step, self.steps = self.steps, self.steps + 1
+        for i, way in enumerate(self.schedule[step]):
+            if way == 'absent':
+                continue
+            norm = self.norms[i]
+            if way == 'empty':  # as a head without a region
+                if isinstance(norm, nn.BatchNorm2d):
+                    continue
+                y = y + F.relu(norm(x[:0])).sum()
+                continue
+            if way in ('plain', 'both'):
+                y = y + self.run(step, i, x).mean()
+            if way in ('fed', 'both'):
+                y = y + F.relu(self.run(step, i, 2 * x + 1)).mean()
+        return y
+
+    def run(self, step, i, x):
+        z = self.norms[i](x)
+        self.kept[step][i].append((x.detach().clone(), z.detach().clone()))
+        return z
+
+    def counting(self, steps):
+        """The calls of each norm that counts in the window of these steps."""
+        counting = {}
+        for i in range(len(self.norms)):
+            ways = [self.schedule[step][i] for step in steps]
+            if isinstance(self.norms[i], nn.BatchNorm2d):
+                ways = [w for w in ways if w != 'empty']
+            first = next((w for w in ways if w != 'absent'), 'absent')
+            if first in ('fed', 'both', 'empty'):
+                counting[i] = [c for t in steps for c in self.kept[t][i]]
+        return counting
+
+
+class Results(Hook):
+    """Keeps what each window leaves behind."""
+
+    priority = 'LOWEST'
+
+    def __init__(self, hook, body):
+        self.hook, self.body, self.seen = hook, body, []
+
+    def after_train_iter(self, runner, *args, **kwargs):
+        if (runner.iter + 1) % self.hook.interval == 0:
+            norms = copy.deepcopy(self.body.norms)
+            results = copy.deepcopy(self.hook.results)
+            self.seen.append((results, norms))
+
+
+@pytest.mark.parametrize('seed', range(8))
+def test_a_norm_is_seen_whenever_it_first_runs(seed, tmp_path):
+    """In any step of a window, though another never runs, and though in
+    later steps, or in other windows, its output goes elsewhere."""
+    interval, window = ((4, 3), (3, 3), (6, 4), (4, 1))[seed % 4]
+    hook = EliminationSingularityHook(interval=interval, window=window)
+    body = Scheduled(seed)
+    look = Results(hook, body)
+    train(body, images(12), tmp_path, hook, look)
+    for i, (results, norms) in enumerate(look.seen, 1):
+        end = i * interval
+        calls = body.counting(range(end - window, end))
+        calls = {i: kept for i, kept in calls.items() if kept}
+        if not calls:
+            assert results is None or results['step'] < end
+            continue
+        names = {f'body.norms.{i}' for i in calls}
+        assert results['step'] == end and set(results['layers']) == names
+        for i, kept in calls.items():
+            layer = results['layers'][f'body.norms.{i}']
+            check(layer, kept, estimates_of(norms[i]))
+
+
+def run_scheduled(rank, world, folder):
+    os.environ['LOCAL_RANK'] = str(rank)
+    results = []
+    for seed in range(4):
+        hook = EliminationSingularityHook(interval=4, window=4)
+        body = Scheduled(seed, rank, steps=4)
+        train(body, images(4, n=1 + rank), f'{folder}/{seed}', hook, **GLOO)
+        layers = {
+            name: {k: v for k, v in layer.items() if k in ('rate', 'margin')}
+            for name, layer in hook.results['layers'].items()
+        }
+        results.append((layers, body.counting(range(4))))
+    return results
+
+
+def test_each_rank_sees_its_own(tmp_path):
+    """A norm counts with the calls of those ranks on which it counts."""
+    for ranks in zip(*on_ranks(2, run_scheduled, str(tmp_path))):
+        calls = {}
+        for _, own in ranks:
+            for i, kept in own.items():
+                calls.setdefault(f'body.norms.{i}', []).extend(kept)
+        calls = {name: kept for name, kept in calls.items() if kept}
+        for layers, _ in ranks:
+            assert set(layers) == set(calls)
+            for name, layer in layers.items():
+                values = torch.cat([channels(y) for _, y in calls[name]], 1)
+                rate = (values > 0).double().mean(1)
+                margin = values.mean(1) / values.std(1, correction=0)
+                close = dict(rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(layer['rate'], rate, **close)
+                torch.testing.assert_close(layer['margin'], margin, **close)
+
+
+class Broken(nn.Module):
+    """Ways in which nothing is measured: nothing finite, or nothing fed."""
+
+    def __init__(self, kind, way):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, CHANNELS, 3), NORMS[kind](CHANNELS)
+        self.way = way
+
+    def forward(self, x):
+        x = self.conv(x)
+        if self.way not in ('plain', 'fed'):
+            x = x * float(self.way)
+        x = self.norm(x)
+        return x if self.way == 'plain' else F.relu(x)
+
+
+def warning_in(folder):
+    text = ''.join(path.read_text() for path in folder.rglob('*.log'))
+    reasons = ('were finite', 'no norm has fed a ReLU')
+    return ' and '.join(reason for reason in reasons if reason in text)
+
+
+@pytest.mark.parametrize('way', ['nan', 'inf', 'plain', 'fed'])
+@pytest.mark.parametrize('kind', NORMS)
+def test_why_nothing_is_measured(kind, way, tmp_path):
+    hook = EliminationSingularityHook(interval=1, window=1)
+    train(Broken(kind, way), images(1), tmp_path, hook)
+    want = dict(plain='no norm has fed a ReLU', fed='')
+    assert warning_in(tmp_path) == want.get(way, 'were finite')
+    assert (hook.results is None) == (way != 'fed')
+
+
+WAYS_OF_RANKS = [
+    ('nan', 'inf', 'were finite'),
+    ('plain', 'nan', 'were finite'),
+    ('nan', 'plain', 'were finite'),
+    ('plain', 'plain', 'no norm has fed a ReLU'),
+    ('fed', 'nan', ''),
+    ('nan', 'fed', ''),
+]
+
+
+def run_broken(rank, world, folder):
+    os.environ['LOCAL_RANK'] = str(rank)
+    for i, ways in enumerate(WAYS_OF_RANKS):
+        hook = EliminationSingularityHook(interval=1, window=1)
+        body = Broken('GN', ways[rank])
+        train(body, images(1), f'{folder}/{i}', hook, **GLOO)
+
+
+def test_why_nothing_is_measured_on_ranks(tmp_path):
+    on_ranks(2, run_broken, str(tmp_path))
+    for i, (*_, want) in enumerate(WAYS_OF_RANKS):
+        assert warning_in(tmp_path / f'{i}') == want
+
+
+# how several ranks train without a GPU
+GLOO = dict(
+    launcher='pytorch',
+    cfg=dict(
+        model_wrapper_cfg=dict(
+            type='MMDistributedDataParallel',
+            device_ids=None,
+            broadcast_buffers=False,
+        )
+    ),
+    env_cfg=dict(dist_cfg=dict(backend='gloo')),
+)
+
+
 class OnRanks(nn.Module):
     """Rank 0 has nothing for the head until the last step."""
 
@@ -479,15 +680,7 @@ def run_rank(rank, world, folder):
         batches,
         folder,
         hook,
-        launcher='pytorch',
-        cfg=dict(
-            model_wrapper_cfg=dict(
-                type='MMDistributedDataParallel',
-                device_ids=None,
-                broadcast_buffers=False,
-            )
-        ),
-        env_cfg=dict(dist_cfg=dict(backend='gloo')),
+        **GLOO,
     )
     assert type(runner.model).__name__ == 'MMDistributedDataParallel'
     return dict(
