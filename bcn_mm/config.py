@@ -28,7 +28,7 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 from .layers import BCN, is_replaceable
-from .layers.convert import norms_kept, stock_norm
+from .layers.replace import norms_kept, stock_norm
 from .runtime import read_checkpoint
 
 # What takes the place of a convolution with --ws; others have no standardized
@@ -661,7 +661,7 @@ def leftovers(model: nn.Module) -> Dict[str, List[str]]:
     """The BatchNorms, SyncBNs and GroupNorms in a model, BCN excepted.
 
     Without those that BCN cannot stand for
-    (:func:`bcn_mm.layers.convert.norms_kept`).
+    (:func:`bcn_mm.layers.replace.norms_kept`).
 
     Returns:
         dict: class name -> names of the layers.

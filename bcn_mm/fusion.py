@@ -18,7 +18,7 @@ from torch.nn.utils import fusion
 
 from .export import _plain
 from .layers import WSConv1d, WSConv2d, WSConv3d
-from .layers.convert import take_hooks
+from .layers.replace import take_hooks
 
 _WS = (WSConv1d, WSConv2d, WSConv3d)
 

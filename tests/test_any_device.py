@@ -1,6 +1,6 @@
 """What a device other than the CPU is asked to do.
 
-``affine.SHORTCUTS = False`` has the CPU take the route of all other devices.
+``using('eager')`` has the CPU take the route of all other devices.
 Here that route has to give the CPU's numbers, by ordinary operators alone:
 those in ``ORDINARY``, which torch documents and implements for every device
 and dtype in use, called as anybody calls them.
@@ -28,7 +28,8 @@ from bcn_mm import (
     SyncEstimatesHook,
     WSConv2d,
 )
-from bcn_mm.ops import DIALECTS, affine
+from bcn_mm.ops import DIALECTS
+from bcn_mm.ops.kernels import using
 
 ORDINARY = {
     # elementwise
@@ -66,10 +67,9 @@ def both_routes(call, module):
     """What ``call(a copy of module)`` returns by either route, of which it
     checks the general one."""
     results = []
-    for shortcuts in (True, False):
+    for choice in ('auto', 'eager'):
         copied = copy.deepcopy(module)
-        with pytest.MonkeyPatch.context() as patch, Operators() as seen:
-            patch.setattr(affine, 'SHORTCUTS', shortcuts)
+        with using(choice), Operators() as seen:
             results.append(call(copied))
     assert seen.names <= ORDINARY, sorted(seen.names - ORDINARY)
     return results
@@ -158,9 +158,8 @@ class Net(BaseModel):
         return dict(loss=self.net(inputs).square().mean())
 
 
-def train(rank, world, folder, shortcuts):
+def train(rank, world, folder, choice):
     """An epoch with both hooks: what is left, and the operators called."""
-    affine.SHORTCUTS = shortcuts
     torch.manual_seed(0)
     pictures = torch.randn(4, 2, 3, 9, 9)
     hooks = EliminationSingularityHook(2, 2), SyncEstimatesHook()
@@ -177,7 +176,7 @@ def train(rank, world, folder, shortcuts):
         custom_hooks=list(hooks),
         experiment_name=uuid.uuid4().hex,
     )
-    with Operators() as seen:
+    with using(choice), Operators() as seen:
         runner.train()
     layers = hooks[0].results['layers']
     measured = {
@@ -199,8 +198,8 @@ AROUND = {
 
 
 def test_hooks_on_two_ranks(tmp_path):
-    native = on_ranks(2, train, str(tmp_path), True)
-    general = on_ranks(2, train, str(tmp_path), False)
+    native = on_ranks(2, train, str(tmp_path), 'auto')
+    general = on_ranks(2, train, str(tmp_path), 'eager')
     for (want, _), (got, names) in zip(native, general):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         extra = set(names) - ORDINARY - AROUND

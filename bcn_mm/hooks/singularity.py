@@ -19,7 +19,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from ..layers import BCN
-from ..ops import affine
+from ..ops.kernels import is_native, kernels_for
+from ..ops.layout import compute_dtype, dense
 
 # What every logged scalar's name begins with.
 PREFIX = 'singularity/'
@@ -55,15 +56,16 @@ class _Call(NamedTuple):
 
 def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
     """Mean and biased variance of every channel, (C)."""
-    mean, var, _ = affine.moments(affine.dense(x))
+    x = dense(x)
+    mean, var, _ = kernels_for(x).moments(x)
     # every sample has as many positions
     return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
 
 
 def _positives(x: Tensor) -> Tensor:
     """How many values of every channel are positive, (C)."""
-    dtype = affine.compute_dtype(x)
-    if affine.has_shortcuts(x):
+    dtype = compute_dtype(x)
+    if is_native(x):
         # sums of floats take a tenth of the time of sums of bools on the CPU
         positive = torch.gt(x, 0, out=torch.empty_like(x, dtype=dtype))
     else:

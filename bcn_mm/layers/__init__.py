@@ -1,13 +1,13 @@
 """Modules over :mod:`bcn_mm.ops`, in mmengine's root ``MODELS`` registry."""
 
-from .bcn import (
-    BCN,
+from .bcn import BCN
+from .replace import WithBCN, is_replaceable, replace_norms
+from .sync import (
     SyncBCN,
     average_estimates,
     convert_sync_bcn,
     revert_sync_bcn,
 )
-from .convert import WithBCN, is_replaceable, replace_norms
 from .ws_conv import WSConv1d, WSConv2d, WSConv3d
 
 __all__ = [

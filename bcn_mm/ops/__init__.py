@@ -1,14 +1,15 @@
 """Functions of tensors; imports torch only."""
 
-from .affine import exporting
 from .batch_channel_norm import (
-    STARTS,
-    affine_group_norm,
-    batch_affine,
     batch_channel_norm,
     check_num_groups,
-    check_start,
     default_num_groups,
+)
+from .estimates import STARTS, check_start
+from .portable import (
+    affine_group_norm,
+    batch_affine,
+    exporting,
     group_norm_by_axes,
 )
 from .recomputation import extend_checkpoint

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .affine import exporting, has_shortcuts, transforming
+from .kernels import is_native
+from .portable import exporting, transforming
 
 _aten = torch.ops.aten
 
@@ -168,7 +169,7 @@ def standardize_weight(
         )
     # statistics of low precision weights in float32
     work = weight if weight.dtype == torch.float64 else weight.float()
-    route = _StandardizeOnCPU if has_shortcuts(work) else _Standardize
+    route = _StandardizeOnCPU if is_native(work) else _Standardize
     return route.apply(work, eps, dialect).to(weight.dtype)
 
 

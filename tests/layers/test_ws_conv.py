@@ -7,7 +7,8 @@ from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
 from torch import nn
 
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
-from bcn_mm.ops import DIALECTS, affine
+from bcn_mm.ops import DIALECTS
+from bcn_mm.ops.kernels import BACKENDS, using
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
@@ -145,16 +146,16 @@ def test_convolves_with_the_weight_as_it_is(change, mode, training):
             assert not torch.allclose(want, before)
 
 
-@pytest.mark.parametrize('shortcuts', [True, False])
+@pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dialect', DIALECTS)
 def test_channels_last_weights_stay_channels_last(
-    shortcuts, dialect, monkeypatch
+    backend, dialect
 ):
-    monkeypatch.setattr(affine, 'SHORTCUTS', shortcuts)
     conv = WSConv2d(4, 8, 3, dialect=dialect)
     want = conv.standardized_weight()
     conv.to(memory_format=torch.channels_last)
-    got = conv.standardized_weight()
+    with using(backend):
+        got = conv.standardized_weight()
     assert got.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(got, want)
     got.square().sum().backward()

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-from bcn_mm.ops import affine, batch_channel_norm, default_num_groups
+from bcn_mm.ops import batch_channel_norm, default_num_groups
+from bcn_mm.ops.kernels import BACKENDS, using
 
 MODES = [
     pytest.param(dict(training=t, estimate=e), id=f'{m}-{s}')
@@ -168,7 +169,7 @@ def composition(x, groups, mean, var, own, mode):
 
 
 @pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('shortcuts', [True, False])
+@pytest.mark.parametrize('backend', BACKENDS)
 @settings(max_examples=60, deadline=None)
 @given(
     n=st.sampled_from([1, 2, 5]),
@@ -180,9 +181,13 @@ def composition(x, groups, mean, var, own, mode):
     seed=st.integers(0, 999),
 )
 def test_error_is_near_that_of_batch_norm_and_group_norm(
-    mode, shortcuts, n, length, planes, offset, scale, gradient, seed
+    mode, backend, n, length, planes, offset, scale, gradient, seed
 ):
-    """...in planes with little or no variance too, where 1 / std is large."""
+    """...in planes with little or no variance too, where 1 / std is large.
+
+    Where a plane varies, its mean is rounded once more than theirs; what that
+    may cost is seen by shifting planes by so much.
+    """
     torch.manual_seed(seed)
     groups, channels = 4, 16
     start = operands(channels, groups, torch.float)
@@ -204,7 +209,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
     if gradient == 'constant':
         dy = torch.randn(n, channels, 1).expand(shape)
 
-    def differentiate(function, dtype):
+    def differentiate(function, dtype, x=x):
         leaf = x.to(dtype).requires_grad_()
         own = {k: v.to(dtype, copy=True) for k, v in start.items()}
         leaves = [leaf, *(own[k].requires_grad_() for k in AFFINE)]
@@ -225,20 +230,24 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
             x, groups, *(t.to(x.dtype) for t in known[torch.double]), own, mode
         )
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(affine, 'SHORTCUTS', shortcuts)
+    with using(backend):
         exact = differentiate(ours, torch.double)
         got = differentiate(ours, torch.float)
     bar = differentiate(theirs, torch.float)
+    shifted = x.double()
+    if length > 1 and planes in ('random', 'nearly'):
+        ulp = torch.finfo(x.dtype).eps * shifted.abs().amax(2, keepdim=True)
+        shifted = shifted + ulp * torch.randn(n, channels, 1).sign()
+    shifted = differentiate(theirs, torch.double, shifted)
     torch.testing.assert_close(  # that it is the same thing
         exact, differentiate(theirs, torch.double), rtol=1e-6, atol=1e-6
     )
-    for own, other, value in zip(got, bar, exact):
-        error, allowed = (
-            (t - value).abs().max().item() for t in (own, other)
+    for value, *others in zip(exact, got, bar, shifted):
+        error, allowed, rounding = (
+            (t - value).abs().max().item() for t in others
         )
         floor = 1e-5 * value.abs().max().item() + 1e-5
-        assert error <= 10 * allowed + floor
+        assert error <= 10 * allowed + 2 * rounding + floor
 
 
 @pytest.mark.parametrize('mode', MODES)

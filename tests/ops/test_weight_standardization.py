@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from mmcv.cnn.bricks.conv_ws import conv_ws_2d
 from torch.autograd import gradcheck
 
-from bcn_mm.ops import DIALECTS, affine, standardize_weight
+from bcn_mm.ops import DIALECTS, standardize_weight
+from bcn_mm.ops.kernels import BACKENDS, using
 
 
 @given(
@@ -19,14 +20,13 @@ from bcn_mm.ops import DIALECTS, affine, standardize_weight
     offset=st.sampled_from([0.0, 1.0, 100.0]),
     scale=st.sampled_from([1e-3, 1.0]),
     dialect=st.sampled_from(sorted(DIALECTS)),
-    shortcuts=st.booleans(),
+    backend=st.sampled_from(sorted(BACKENDS)),
 )
-def test_agrees_with_the_definition(shape, offset, scale, dialect, shortcuts):
+def test_agrees_with_the_definition(shape, offset, scale, dialect, backend):
     w = torch.randn(shape, dtype=torch.double) * scale + offset * scale
     w.requires_grad_()
     grad = torch.randn(shape, dtype=torch.double)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(affine, 'SHORTCUTS', shortcuts)
+    with using(backend):
         out = standardize_weight(w, dialect=dialect)
         (got,) = torch.autograd.grad(out, w, grad)
     expected = reference.standardize(w, dialect=dialect)
@@ -35,13 +35,14 @@ def test_agrees_with_the_definition(shape, offset, scale, dialect, shortcuts):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 / scale)
 
 
-@pytest.fixture(params=[True, False], ids=['shortcuts', 'general'])
-def route(request, monkeypatch):
-    monkeypatch.setattr(affine, 'SHORTCUTS', request.param)
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    with using(request.param):
+        yield
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
-def test_gradcheck(dialect, route):
+def test_gradcheck(dialect, backend):
     w = torch.randn(4, 3, 3, dtype=torch.double, requires_grad=True)
     assert gradcheck(lambda w: standardize_weight(w, 1e-2, dialect), w)
 
@@ -55,7 +56,7 @@ def test_std_is_what_mmcv_computes():
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
-def test_constant_filter_is_zero_with_finite_gradient(dialect, route):
+def test_constant_filter_is_zero_with_finite_gradient(dialect, backend):
     w = torch.full((2, 3, 3, 3), 0.7, requires_grad=True)
     out = standardize_weight(w, dialect=dialect)
     out.backward(torch.randn_like(w))

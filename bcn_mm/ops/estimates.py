@@ -1,0 +1,263 @@
+r"""What moves between passes: the running statistics and how they move.
+
+The update rule of the estimates is :func:`_move`; where a batch is spread
+over a process group, its statistics are :func:`_over_ranks`.
+"""
+
+import warnings
+from functools import partial
+from typing import NamedTuple, Optional, Tuple, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import recomputation
+from .layout import to_dtype
+from .stages import Batch, Moments
+
+#: How estimates begin: see ``start`` of :func:`.batch_channel_norm`.
+STARTS = ('identity', 'first', 'average')
+
+
+class Running(NamedTuple):
+    """The buffers of a layer, moved in place."""
+
+    mean: Tensor  # (C)
+    var: Tensor  # (C)
+    num_batches_tracked: Optional[Tensor]  # an integer scalar
+
+
+class Rule(NamedTuple):
+    """How a pass moves the running statistics, and whether."""
+
+    training: bool
+    estimate: bool
+    momentum: Optional[float]
+    start: str
+    eps: float
+
+
+def check_start(start: str) -> None:
+    """Raise a ValueError unless ``start`` is one of :data:`STARTS`."""
+    if start not in STARTS:
+        raise ValueError(
+            f'start must be one of {", ".join(STARTS)}, but got {start!r}'
+        )
+
+
+def batch_of(
+    moments: Moments,
+    length: int,
+    running: Running,
+    rule: Rule,
+    group: Optional['dist.ProcessGroup'] = None,
+) -> Batch:
+    """What the batch stage normalizes with; in training, moves the estimates.
+
+    A pass that activation checkpointing repeats moves nothing and gets what
+    its first run got.
+
+    Args:
+        moments (Moments): Of the input.
+        length (int): L, its values in each row.
+        running (Running): The estimates.
+        rule (Rule): How they move.
+        group (ProcessGroup, optional): Whose batch it is. Default: None, of
+            this process alone.
+    """
+    step = partial(_step, moments, length, running, rule, group)
+    if rule.training and recomputation.by_others():
+        warnings.warn(
+            'BCN is recomputed in the backward pass by something other than '
+            'torch.utils.checkpoint: it sees the estimates as they are now, '
+            'which is exact for layers that are called once a step',
+            stacklevel=5,
+        )
+        return step(move=False)
+    return recomputation.once(step)
+
+
+def _step(
+    moments: Moments,
+    length: int,
+    running: Running,
+    rule: Rule,
+    group: Optional['dist.ProcessGroup'],
+    move: bool = True,
+) -> Batch:
+    batch = None
+    if rule.training and (move or not rule.estimate):
+        mean, var, count = _statistics(moments, length, running, rule, group)
+        if not rule.estimate:
+            batch = Batch(mean, (var + rule.eps).rsqrt(), count)
+            # unbiased, as in nn.BatchNorm2d
+            var = var * (count / _at_least_one(count - 1))
+        if move:
+            _move(running, mean, var, rule)
+    return batch or _as_they_are(running, rule, moments.mean.dtype)
+
+
+def _as_they_are(running: Running, rule: Rule, dtype: torch.dtype) -> Batch:
+    # a copy: a later pass moves the buffer in place, and the backward pass of
+    # this one must not see that
+    mean, var, _ = running
+    if rule.training and torch.compiler.is_compiling():
+        mean, var = _snapshot(mean), _snapshot(var)
+    else:
+        mean = mean.clone()
+    mean, var = to_dtype(dtype, mean, var)
+    return Batch(mean, (var + rule.eps).rsqrt_(), None)
+
+
+@torch.library.custom_op('bcn_mm::snapshot', mutates_args=())
+def _snapshot(t: Tensor) -> Tensor:
+    """A clone that compilers must keep for the backward pass.
+
+    AOTAutograd recomputes there what is cheap, and takes no notice that the
+    buffers which estimates are computed from have moved by then.
+    """
+    return t.clone()
+
+
+@_snapshot.register_fake
+def _(t: Tensor) -> Tensor:
+    if recomputation.compiled():
+        raise RuntimeError(
+            'torch.compile recomputes what is checkpointed inside of it with '
+            'estimates that have moved: compile what is checkpointed instead, '
+            'checkpoint(torch.compile(block), x)'
+        )
+    return torch.empty_like(t)
+
+
+def _statistics(
+    moments: Moments,
+    length: int,
+    running: Running,
+    rule: Rule,
+    group: Optional['dist.ProcessGroup'],
+) -> Tuple[Tensor, Tensor, Union[int, Tensor]]:
+    """Mean and biased variance of this batch, (C), and of how many values."""
+    mean, var, _ = moments
+    if group is not None:
+        return _over_ranks(
+            mean, var, running.mean, length, rule.estimate, group
+        )
+    batch_mean = _mean_of_samples(mean)
+    about = mean - (running.mean if rule.estimate else batch_mean)
+    if not rule.estimate and mean.shape[0] > 1:
+        # without the rounding of the mean, which a small variance magnifies
+        rest = about.mean(0)
+        batch_mean, about = batch_mean + rest, about - rest
+    batch_var = _mean_of_samples(torch.addcmul(var, about, about))
+    return batch_mean, batch_var, mean.shape[0] * length
+
+
+def _mean_of_samples(t: Tensor) -> Tensor:
+    return t[0] if t.shape[0] == 1 else t.mean(0)
+
+
+def _at_least_one(count: Union[int, Tensor]) -> Union[int, Tensor]:
+    if isinstance(count, Tensor):
+        return count.clamp_min(1)
+    return max(count, 1)
+
+
+def _move(
+    running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule
+) -> None:
+    """Move the running statistics towards those of a batch.
+
+    Channels whose statistics are not finite stay.
+    """
+    if running.num_batches_tracked is not None:
+        running.num_batches_tracked.add_(1)
+    rate, large = _rate(
+        rule.momentum,
+        rule.start,
+        running.num_batches_tracked,
+        running.mean.dtype,
+    )
+    if rule.estimate and large is not None:
+        # at a rate that is not small, the variance of what the estimates are
+        # a mean of
+        old = (batch_mean - running.mean).square_()
+        batch_var = torch.addcmul(batch_var, large, old, value=-1)
+    # the variance is of values about a mean: finite only if that is
+    finite = batch_var < float('inf')
+    if running.mean.dtype != batch_mean.dtype:
+        # unless the buffers' dtype overflows
+        batch_mean = batch_mean.to(running.mean.dtype)
+        batch_var = batch_var.to(running.var.dtype)
+        finite = (batch_mean.abs() + batch_var) < float('inf')
+    for buffer, value in zip(running, (batch_mean, batch_var)):
+        buffer.lerp_(torch.where(finite, value, buffer), rate)
+
+
+def _rate(
+    momentum: Optional[float],
+    start: str,
+    passes: Optional[Tensor],
+    dtype: torch.dtype,
+) -> Tuple[Union[float, Tensor], Optional[Tensor]]:
+    """How far the estimates move in this pass, the ``passes``-th.
+
+    Returns:
+        tuple: the rate, and the same where it is above ``momentum`` and 0
+        elsewhere, or None where it never is.
+    """
+    if momentum is not None and start == 'identity':
+        return momentum, None
+    if passes is None:
+        raise ValueError(
+            f'momentum={momentum} with start={start!r} needs '
+            f'num_batches_tracked'
+        )
+    if momentum is None:
+        rate = passes.to(dtype).reciprocal()
+        return rate, rate
+    if start == 'average':
+        rate = passes.to(dtype).reciprocal().clamp_min(momentum)
+    else:
+        rate = (passes == 1).to(dtype).clamp_min(momentum)
+    return rate, rate * (rate > momentum)
+
+
+def _over_ranks(
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor,
+    length: int,
+    estimate: bool,
+    group: 'dist.ProcessGroup',
+) -> Tuple[Tensor, Tensor, Tensor]:
+    """The batch statistics over a process group, in one ``all_reduce``.
+
+    Ranks add up what makes a mean and a variance about the running mean,
+    which is the same on all of them, in float64: 8 (2 C + 1) bytes. Samples
+    weigh the same with ``estimate``, positions without, as in one process.
+
+    Returns:
+        tuple[Tensor, Tensor, Tensor]: mean and biased variance, both (C), the
+        latter about the running mean with ``estimate``, not finite where no
+        rank has a value; and the total weight.
+    """
+    reference = running_mean.to(torch.float64)
+    offset = mean.to(torch.float64) - reference
+    weight = 1 if estimate else length
+    second = torch.addcmul(var.to(torch.float64), offset, offset)
+    sums = torch.cat(
+        (
+            offset.sum(0) * weight,
+            second.sum(0) * weight,
+            offset.new_full((1,), offset.shape[0] * weight),
+        )
+    )
+    dist.all_reduce(sums, group=group)
+    count = sums[-1]
+    first, second = sums[:-1].view(2, -1) / count
+    batch_var = second if estimate else (second - first**2).clamp_min_(0)
+    return tuple(
+        t.to(mean.dtype) for t in (reference + first, batch_var, count)
+    )

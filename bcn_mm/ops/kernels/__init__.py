@@ -1,0 +1,88 @@
+"""The passes over tensors of full size, behind one door.
+
+:func:`kernels_for` chooses who makes them; README.md beside this is the
+contract. ``BCN_MM_KERNELS`` in the environment, or :func:`using`, chooses
+otherwise: ``eager`` for ordinary operators on every device, ``native`` for the
+CPU's own, ``auto`` for the best that serves.
+"""
+
+import os
+from contextlib import contextmanager
+from typing import Iterator
+
+import torch
+from torch import Tensor
+
+from ..portable import transforming
+from .eager import Eager, Empty, Functional
+from .native import Native
+
+#: What may be chosen, best first; ``auto`` takes the first that serves.
+BACKENDS = {'native': Native(), 'eager': Eager()}
+CHOICES = ('auto', *BACKENDS)
+_EMPTY, _FUNCTIONAL = Empty(), Functional()
+
+
+def _checked(choice: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(
+            f'BCN_MM_KERNELS must be one of {", ".join(CHOICES)}, but is '
+            f'{choice!r}'
+        )
+    return choice
+
+
+_choice = _checked(os.environ.get('BCN_MM_KERNELS', 'auto'))
+
+
+@contextmanager
+def using(choice: str) -> Iterator[None]:
+    """Have all passes made by one backend, as ``BCN_MM_KERNELS`` does.
+
+    Args:
+        choice (str): One of :data:`CHOICES`.
+
+    Raises:
+        ValueError: if there is no such backend.
+
+    Example:
+        >>> with using('eager'):
+        ...     kernels_for(torch.zeros(1, 2))
+        Eager()
+    """
+    global _choice
+    before, _choice = _choice, _checked(choice)
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def is_empty(x: Tensor) -> bool:
+    """Whether there is nothing to normalize."""
+    return x.numel() == 0
+
+
+def kernels_for(x: Tensor) -> Eager:
+    """Who makes the passes over ``x``.
+
+    Raises:
+        RuntimeError: if a backend was chosen that cannot serve ``x``.
+    """
+    if is_empty(x):
+        return _EMPTY
+    if torch.compiler.is_compiling() or transforming():
+        return _FUNCTIONAL
+    if _choice == 'auto':
+        return next(b for b in BACKENDS.values() if b.serves(x))
+    backend = BACKENDS[_choice]
+    if not backend.serves(x):
+        raise RuntimeError(
+            f'BCN_MM_KERNELS={_choice} does not serve {x.dtype} on {x.device}'
+        )
+    return backend
+
+
+def is_native(x: Tensor) -> bool:
+    """Whether ``x`` may be given to what only the CPU does well."""
+    return isinstance(kernels_for(x), Native)

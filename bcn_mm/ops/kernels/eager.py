@@ -1,0 +1,209 @@
+"""The passes from torch's ordinary operators: the contract and the fallback.
+
+A normalization whose statistics are known is ``y = A (x - m) + B`` with one
+triple per row, a row being one (sample, channel) and m its mean. Tensors of
+full size are ``(N, C, *spatial)``, contiguous or channels-last; results keep
+the layout of ``x``. What a backend overrides is either the four functions or
+the passes that they are made of.
+"""
+
+from typing import Iterator, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import stages
+from ..layout import compute_dtype, flat, over
+from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
+
+# Elements that may be copied at once: 64 MiB of float32.
+_PORTION = 1 << 24
+
+
+class Eager:
+    """Ordinary operators, used in ordinary ways, for every device and dtype.
+
+    Copies of ``x`` in the dtype of statistics are made of a portion at a time.
+    """
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}()'
+
+    def serves(self, x: Tensor) -> bool:
+        """Whether this backend can make the passes over ``x``."""
+        return True
+
+    # -- the contract --------------------------------------------------------
+
+    def moments(self, x: Tensor) -> Moments:
+        """Mean and biased variance of every row.
+
+        Args:
+            x (Tensor): Dense, of shape (N, C, *spatial) with L > 0 spatial
+                elements, any floating dtype.
+
+        Returns:
+            Moments: float64 for float64 input and float32 otherwise.
+        """
+        rows = flat(x)
+        if rows.shape[2] == 1:  # every value is its row's mean
+            mean = rows[:, :, 0].to(compute_dtype(x), copy=True)
+            return Moments(mean, torch.zeros_like(mean), False)
+        return self._moments(rows, compute_dtype(x))
+
+    def normalize(
+        self, x: Tensor, moments: Moments, batch: Batch, affine: Affine,
+        spec: Spec,
+    ) -> Tensor:  # fmt: skip
+        """Both stages: a fresh tensor of the shape, dtype and layout of x."""
+        scale, at_mean = stages.forward(moments, batch, affine, spec)
+        if _has_single_values(x):
+            return torch.empty_like(x).copy_(at_mean.view(x.shape))
+        return self._apply(x, moments, scale, at_mean)
+
+    def backward_reduce(
+        self, dy: Tensor, x: Tensor, moments: Moments, batch: Batch,
+        affine: Affine, spec: Spec,
+    ) -> Sums:  # fmt: skip
+        """The gradients of the parameters, and what dx is made of."""
+        dy_sum, moment = self._reduce(dy, x, moments.mean)
+        length = x.shape[2:].numel()
+        return stages.backward_reduce(
+            dy_sum, moment, length, moments, batch, affine, spec
+        )
+
+    def backward_input(
+        self, dy: Tensor, x: Tensor, sums: Sums, moments: Moments,
+        batch: Batch, affine: Affine, spec: Spec,
+    ) -> Tensor:  # fmt: skip
+        """The gradient of x: a fresh tensor, in the layout of x."""
+        length = x.shape[2:].numel()
+        gradient = stages.backward_input(sums, length, moments, batch)
+        if _has_single_values(x):
+            at_mean = gradient.at_mean
+            return torch.empty_like(x).copy_(at_mean.view(x.shape))
+        return self._apply_add(dy, x, moments, gradient)
+
+    # -- the passes ----------------------------------------------------------
+
+    def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
+        """Of rows (N, C, L)."""
+        if rows.dtype == dtype:
+            var, mean = torch.var_mean(rows, dim=2, correction=0)
+            return Moments(mean, var)
+        mean, var = rows.new_empty(2, *rows.shape[:2], dtype=dtype)
+        for part, m, v in _portions(rows, mean, var):
+            v_part, m_part = torch.var_mean(
+                part.to(dtype), dim=2, correction=0
+            )
+            m.copy_(m_part)
+            v.copy_(v_part)
+        return Moments(mean, var)
+
+    def _apply(
+        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor
+    ) -> Tensor:
+        """The fresh tensor ``scale * (x - mean) + at_mean``, row by row.
+
+        Where all values of a row are equal, so are those of the result, and
+        equal to ``at_mean``.
+        """
+        y = torch.empty_like(x)
+        rows = (t.unsqueeze(2) for t in (moments.mean, scale, at_mean))
+        for part, out, m, a, b in _portions(flat(x), flat(y), *rows):
+            torch.addcmul(b, part - m, a, out=out)
+        return y
+
+    def _reduce(
+        self, dy: Tensor, x: Tensor, mean: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        """Row sums of ``dy`` and of ``dy * (x - mean)``, both (N, C)."""
+        dy, x, mean = flat(dy), flat(x), mean.unsqueeze(2)
+        total = dy.sum(dim=2, dtype=mean.dtype)
+        centred = torch.empty_like(total)
+        for d, part, m, out in _portions(dy, x, mean, centred):
+            out.copy_((part - m).mul_(d).sum(dim=2))
+        return total, centred
+
+    def _apply_add(
+        self, dy: Tensor, x: Tensor, moments: Moments, g: InputGradient
+    ) -> Tensor:
+        """:meth:`_apply` for two tensors; see :class:`InputGradient`."""
+        dx = torch.empty_like(x)
+        rows = (g.dy_mean, moments.mean, g.dy_scale, g.x_scale, g.at_mean)
+        for out, d, part, *known in _portions(
+            *map(flat, (dx, dy, x)), *(t.unsqueeze(2) for t in rows)
+        ):
+            d_m, m, d_a, a, b = known
+            part = torch.addcmul(b, part - m, a)
+            torch.addcmul(part, d - d_m, d_a, out=out)
+        return dx
+
+
+class Functional(Eager):
+    """The same without a write into memory, for compilers and torch.func.
+
+    They see no devices and no portions, and fuse what they find.
+    """
+
+    def _moments(self, rows, dtype):
+        var, mean = torch.var_mean(rows.to(dtype), dim=2, correction=0)
+        return Moments(mean, var)
+
+    def _apply(self, x, moments, scale, at_mean):
+        mean, scale, at_mean = over(x, moments.mean, scale, at_mean)
+        return torch.addcmul(at_mean, x - mean, scale).to(x.dtype)
+
+    def _reduce(self, dy, x, mean):
+        dy, x = flat(dy), flat(x)
+        total = dy.sum(dim=2, dtype=mean.dtype)
+        return total, (x - mean.unsqueeze(2)).mul_(dy).sum(dim=2)
+
+    def _apply_add(self, dy, x, moments, g):
+        mean, dy_mean, dy_scale, x_scale, at_mean = over(
+            x, moments.mean, *g
+        )
+        out = torch.addcmul(at_mean, x - mean, x_scale)
+        return torch.addcmul(out, dy - dy_mean, dy_scale).to(x.dtype)
+
+
+class Empty(Eager):
+    """Of tensors without an element: nothing is the sum of nothing."""
+
+    def moments(self, x):
+        rows = x.new_zeros(2, 0, x.shape[1], dtype=compute_dtype(x))
+        return Moments(*rows, False)
+
+    def normalize(self, x, moments, batch, affine, spec):
+        return torch.empty_like(x)
+
+    def backward_reduce(self, dy, x, moments, batch, affine, spec):
+        zeros = (
+            None if p is None else torch.zeros_like(p)
+            for p in (*affine[:3], affine.weight)
+        )
+        along = torch.zeros_like(batch.mean), torch.zeros_like(batch.mean)
+        return Sums(Affine(*zeros), along, None)
+
+    def backward_input(self, dy, x, sums, moments, batch, affine, spec):
+        return torch.zeros_like(x)
+
+
+def _portions(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Split tensors of (N, C, ...) alike, the first into portions."""
+    if tensors[0].numel() <= _PORTION:
+        yield tensors
+        return
+    channels, length = tensors[0].shape[1:]
+    count = max(1, _PORTION // length)  # rows in a portion
+    whole = max(1, count // channels)  # samples in it
+    for samples in zip(*(t.split(whole) for t in tensors)):
+        if count >= channels:
+            yield samples
+        else:
+            yield from zip(*(t.split(count, 1) for t in samples))
+
+
+def _has_single_values(x: Tensor) -> bool:
+    """Whether every row is one value, and so its own mean."""
+    return x.shape[2:].numel() == 1
