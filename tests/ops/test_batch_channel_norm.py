@@ -182,7 +182,11 @@ def composition(x, groups, mean, var, own, mode):
 def test_error_is_near_that_of_batch_norm_and_group_norm(
     mode, shortcuts, n, length, planes, offset, scale, gradient, seed
 ):
-    """...in planes with little or no variance too, where 1 / std is large."""
+    """...in planes with little or no variance too, where 1 / std is large.
+
+    Where a plane varies, its mean is rounded once more than theirs; what that
+    may cost is seen by shifting planes by so much.
+    """
     torch.manual_seed(seed)
     groups, channels = 4, 16
     start = operands(channels, groups, torch.float)
@@ -204,7 +208,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
     if gradient == 'constant':
         dy = torch.randn(n, channels, 1).expand(shape)
 
-    def differentiate(function, dtype):
+    def differentiate(function, dtype, x=x):
         leaf = x.to(dtype).requires_grad_()
         own = {k: v.to(dtype, copy=True) for k, v in start.items()}
         leaves = [leaf, *(own[k].requires_grad_() for k in AFFINE)]
@@ -230,15 +234,20 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
         exact = differentiate(ours, torch.double)
         got = differentiate(ours, torch.float)
     bar = differentiate(theirs, torch.float)
+    shifted = x.double()
+    if length > 1 and planes in ('random', 'nearly'):
+        ulp = torch.finfo(x.dtype).eps * shifted.abs().amax(2, keepdim=True)
+        shifted = shifted + ulp * torch.randn(n, channels, 1).sign()
+    shifted = differentiate(theirs, torch.double, shifted)
     torch.testing.assert_close(  # that it is the same thing
         exact, differentiate(theirs, torch.double), rtol=1e-6, atol=1e-6
     )
-    for own, other, value in zip(got, bar, exact):
-        error, allowed = (
-            (t - value).abs().max().item() for t in (own, other)
+    for value, *others in zip(exact, got, bar, shifted):
+        error, allowed, rounding = (
+            (t - value).abs().max().item() for t in others
         )
         floor = 1e-5 * value.abs().max().item() + 1e-5
-        assert error <= 10 * allowed + floor
+        assert error <= 10 * allowed + 2 * rounding + floor
 
 
 @pytest.mark.parametrize('mode', MODES)
