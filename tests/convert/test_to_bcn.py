@@ -11,7 +11,7 @@ from conftest import import_mmpretrain
 from mmengine.config import Config, ConfigDict
 
 from bcn_mm import BCN, WSConv2d
-from bcn_mm.config import (
+from bcn_mm.convert import (
     build_model,
     difference,
     in_scope,
