@@ -11,7 +11,7 @@ import pytest
 from conftest import run
 from mmengine.config import Config
 
-from bcn_mm.config import read_config, to_bcn
+from bcn_mm.convert import read_config, to_bcn
 
 pytestmark = pytest.mark.slow
 TOOL = 'tools/misc/bcn_config.py'

@@ -2,7 +2,7 @@
 
 Builds a detector or a segmenter once for each pair of norm and convolution
 and lets them train in turn on the same random pictures: every norm
-that bcn_mm.config.to_bcn replaces is swapped, and the convolution beside it.
+that bcn_mm.convert.to_bcn replaces is swapped, and the convolution beside it.
 Nothing is read but the config. The learning rate is 0 and the pictures are
 full of objects, so that every step and every model samples the same number of
 regions and the work stays the same from step to step.
@@ -40,7 +40,7 @@ from rich.table import Table
 from torch import nn
 
 from bcn_mm import EliminationSingularityHook
-from bcn_mm.config import to_bcn
+from bcn_mm.convert import to_bcn
 from bcn_mm.runtime import (
     InputError,
     forget_pretrained,

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bcn_mm import BCN
-from bcn_mm.config import (
+from bcn_mm.convert import (
     build_model,
     describe,
     in_scope,

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bcn_mm.config import (
+from bcn_mm.convert import (
     PARTS,
     Change,
     build_model,

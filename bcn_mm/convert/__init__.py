@@ -1,0 +1,29 @@
+"""Turning a stock config into a BCN config.
+
+The way of a config through :func:`to_bcn`: the components that its model
+names (``components.py``) with their checkpoints (``pretrained.py``), what only
+the built model shows (``model.py``), and what stands beside the model
+(``training.py``).
+"""
+
+from .context import Change
+from .conversion import to_bcn
+from .files import difference, read_config, write_config
+from .model import build_model, describe, in_scope, leftovers
+from .tree import PARTS, children, part_of, walk
+
+__all__ = [
+    'PARTS',
+    'Change',
+    'build_model',
+    'children',
+    'describe',
+    'difference',
+    'in_scope',
+    'leftovers',
+    'part_of',
+    'read_config',
+    'to_bcn',
+    'walk',
+    'write_config',
+]

@@ -1,0 +1,101 @@
+"""The steps from a stock config to a BCN config."""
+
+import copy
+from typing import List, Optional, Sequence
+
+from mmengine.config import Config, ConfigDict
+
+from .components import convert_components
+from .context import Change, Context
+from .model import convert_by_model, in_scope
+from .pretrained import convert_checkpoints
+from .training import add_package, scale_batch_size
+from .tree import PARTS, find_detector
+
+
+def to_bcn(
+    cfg: Config,
+    norm_cfg: Optional[dict] = None,
+    ws: bool = False,
+    only: Optional[Sequence[str]] = None,
+    batch_size: Optional[int] = None,
+    pretrained: Optional[str] = None,
+    changes: Optional[List[Change]] = None,
+) -> Config:
+    """Make a BCN config of any config of mmdet, mmsegmentation or their kin.
+
+    Every BatchNorm, SyncBN and GroupNorm that the model's config names, or
+    that a component takes by its constructor's default, becomes BCN, with the
+    ``eps`` that its config gives (of BatchNorm and of GroupNorm), so that
+    weights which were trained with it still fit, and without affine
+    parameters where it has none. Norms of other kinds stay, and subclasses
+    with a ``forward`` of their own, which may do more than normalize. Further:
+
+    - a component that builds norms without asking its config is built
+      through :func:`bcn_mm.WithBCN`;
+    - a head that pyramid levels share gets an estimate for each of them
+      (``num_levels``);
+    - ``norm_eval`` is turned off, and ``frozen_stages`` unless ``pretrained``
+      names weights that were trained with BCN;
+    - checkpoints in ``init_cfg``, ``pretrained`` and ``load_from`` go where
+      convolutions are standardized that were not; those of BatchNorm models
+      load otherwise, those of GroupNorm models approximately;
+    - bcn_mm is imported and :class:`~bcn_mm.SyncEstimatesHook` added.
+
+    The last two of the first three are found out by building the model,
+    without weights, and passing a picture through it. Converting a converted
+    config changes nothing.
+
+    Args:
+        cfg (Config): Left as it is.
+        norm_cfg (dict, optional): What replaces the norms. Default:
+            ``dict(type='BCN')``.
+        ws (bool): Whether the convolutions of the components whose norms are
+            replaced become weight-standardized. Default: False.
+        only (Sequence[str], optional): The parts to convert, of
+            ``'backbone'``, ``'neck'``, ``'heads'`` and ``'other'``. Default:
+            all.
+        batch_size (int, optional): Images per GPU. The learning rate and the
+            batch size that it is meant for are scaled by the same factor.
+            Default: as in ``cfg``.
+        pretrained (str, optional): A checkpoint of the backbone, trained with
+            BCN. Default: None.
+        changes (list, optional): Receives a :class:`Change` for everything
+            that was changed, or left alone for a reason.
+
+    Returns:
+        Config: The converted copy.
+
+    Raises:
+        ValueError: if the config has no model, ``only`` names no part or
+            ``batch_size`` does not fit the config.
+
+    Example:
+        >>> from bcn_mm.convert import read_config, to_bcn
+        >>> cfg = read_config('mmdet::retinanet/retinanet_r50_fpn_1x_coco.py')
+        >>> to_bcn(cfg).model.backbone.norm_cfg
+        {'type': 'BCN'}
+    """
+    unknown = set(only or ()) - set(PARTS)
+    if unknown:
+        raise ValueError(
+            f'unknown part {", ".join(sorted(unknown))}; choose among '
+            f'{", ".join(PARTS)}'
+        )
+    if 'model' not in cfg:
+        raise ValueError('the config has no model')
+    cfg = copy.deepcopy(cfg)
+    norm_cfg = ConfigDict(norm_cfg or dict(type='BCN'))
+    with in_scope(cfg) as registry:
+        context = Context(registry, norm_cfg, ws, only, pretrained)
+        convert_components(context, cfg.model, 'model')
+        node, path = find_detector(cfg.model, 'model')
+        convert_checkpoints(context, cfg, node, path)
+        convert_by_model(context, node, path)
+        if context.norms:
+            add_package(context, cfg)
+    if batch_size is not None:
+        scale_batch_size(context, cfg, batch_size)
+    if changes is not None:
+        changes += context.changes
+    return cfg

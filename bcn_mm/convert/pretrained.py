@@ -1,0 +1,124 @@
+"""Checkpoints that a config starts from, and stages that it freezes."""
+
+import os.path as osp
+from typing import Any, Dict, Set
+
+from mmengine.config import Config, ConfigDict
+from torch import nn
+
+from ..layers import BCN
+from ..runtime import read_checkpoint
+from .context import Context
+from .tree import part_of
+
+
+def unfreeze(
+    context: Context,
+    node: dict,
+    path: str,
+    arguments: Dict[str, Any],
+    replaced: Set[type],
+    standardized: bool,
+) -> None:
+    """Let a component train whose norms or weights are others now.
+
+    Args:
+        context (Context): Receives what is changed.
+        node (dict): The component's config.
+        path (str): Its dotted name.
+        arguments (dict): The defaults of its constructor.
+        replaced (set[type]): The classes of its norms that were replaced.
+        standardized (bool): Whether its plain convolutions were standardized.
+    """
+    if node.get('norm_eval', arguments.get('norm_eval')) is True:
+        context.change(node, 'norm_eval', False, path)
+    given = context.pretrained and part_of(path) == 'backbone'
+    # what stands for none differs: -1 in most, 0 in EfficientNet
+    none = arguments.get('frozen_stages', -1)
+    if node.get('frozen_stages', none) != none and not given:
+        context.change(
+            node, 'frozen_stages', none, path, 'no BCN weights to freeze'
+        )
+    if not given:
+        for key in ('init_cfg', 'pretrained'):
+            _review_checkpoint(
+                context, node, key, path, replaced, standardized
+            )
+
+
+def convert_checkpoints(
+    context: Context, cfg: Config, node: dict, path: str
+) -> None:
+    """Settle what a model starts from, beside its components' own.
+
+    Args:
+        context (Context): Receives what is changed.
+        cfg (Config): The whole config.
+        node (dict): The part of its model that has the backbone.
+        path (str): The dotted name of this.
+
+    Raises:
+        ValueError: if there are weights for a backbone, but none to take
+            them.
+    """
+    if context.pretrained:
+        _start_from(context, node, path)
+    else:
+        _review_checkpoint(
+            context,
+            node,
+            'pretrained',
+            path,
+            context.replaced['backbone'],
+            'backbone' in context.standardized,
+        )
+    replaced = set().union(*context.replaced.values())
+    standardized = bool(context.standardized)
+    _review_checkpoint(context, cfg, 'load_from', '', replaced, standardized)
+
+
+def _start_from(context: Context, node: dict, path: str) -> None:
+    """Initialize the backbone from a checkpoint that fits."""
+    if 'backbone' not in node:
+        raise ValueError('pretrained: the model has no backbone')
+    checkpoint = context.pretrained
+    init_cfg = ConfigDict(type='Pretrained', checkpoint=checkpoint)
+    if osp.isfile(checkpoint):
+        state = read_checkpoint(checkpoint)['state_dict']
+        if any(key.startswith('backbone.') for key in state):
+            init_cfg.prefix = 'backbone.'
+    context.change(node.backbone, 'init_cfg', init_cfg, f'{path}.backbone')
+    if node.get('pretrained'):
+        context.change(node, 'pretrained', None, path)
+
+
+def _review_checkpoint(
+    context: Context,
+    node: dict,
+    key: str,
+    path: str,
+    replaced: Set[type],
+    standardized: bool,
+) -> None:
+    """Keep a checkpoint of a model with these norms if it still fits."""
+    value = node.get(key)
+    entries = value if isinstance(value, (list, tuple)) else [value]
+    loads = [
+        e
+        for e in entries
+        if isinstance(e, str) or (isinstance(e, dict) and 'checkpoint' in e)
+    ]
+    if not loads or not replaced:
+        return
+    if standardized:
+        rest = [e for e in entries if e not in loads]
+        note = 'weights that were trained without standardization'
+        context.change(node, key, rest or None, path, note)
+        return
+    per_group = any(issubclass(k, nn.GroupNorm) for k in replaced - {BCN})
+    note = (
+        'GroupNorm weights: they load approximately'
+        if per_group
+        else 'BatchNorm weights: they load into the batch stage'
+    )
+    context.keep(f'{path}.{key}' if path else key, value, note)

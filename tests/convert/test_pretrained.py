@@ -1,0 +1,79 @@
+"""Checkpoints that a config starts from, and stages that it freezes."""
+
+import pytest
+import torch
+from support.stock_configs import DEEPLAB, RETINA, STOCK, model_of
+
+from bcn_mm.convert import read_config, to_bcn
+
+
+def settings(source, **kwargs):
+    changes = []
+    cfg = to_bcn(read_config(source), changes=changes, **kwargs)
+    return cfg, {c.path: c for c in changes}
+
+
+def test_checkpoints_that_fit_stay():
+    cfg, changes = settings(RETINA)
+    assert cfg.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
+    assert 'batch stage' in changes['model.backbone.init_cfg'].note
+    assert cfg.model.backbone.frozen_stages == -1
+    cfg, _ = settings(DEEPLAB)
+    assert cfg.model.pretrained == 'open-mmlab://resnet50_v1c'
+    # those of GroupNorm, and of standardized convolutions
+    for name, ws in (('GroupNorm checkpoint', False), ('ConvWS', True)):
+        cfg, changes = settings(STOCK[name], ws=ws)
+        assert 'gn' in cfg.model.backbone.init_cfg.checkpoint
+        assert 'approximately' in changes['model.backbone.init_cfg'].note
+
+
+@pytest.mark.parametrize(
+    'source, kwargs, key',
+    [
+        (RETINA, dict(ws=True), 'model.backbone.init_cfg'),
+        (DEEPLAB, dict(ws=True), 'model.pretrained'),
+        (
+            STOCK['GroupNorm checkpoint'],
+            dict(ws=True),
+            'model.backbone.init_cfg',
+        ),
+    ],
+)
+def test_checkpoints_that_do_not_fit_go(source, kwargs, key):
+    cfg, changes = settings(source, **kwargs)
+    assert changes[key].after is None and changes[key].note
+    node = cfg
+    for word in key.split('.'):
+        node = node[word]
+    assert node is None
+
+
+@pytest.mark.parametrize('source', [RETINA, DEEPLAB])
+def test_standardizing_afterwards_is_the_same(source):
+    later = to_bcn(to_bcn(read_config(source)), ws=True)
+    assert later.to_dict() == to_bcn(read_config(source), ws=True).to_dict()
+
+
+def test_pretrained_bcn_weights(tmp_path):
+    """They are loaded, and what the stock config freezes stays frozen."""
+    source = read_config(STOCK['names its norm'])
+    source.model.backbone.update(depth=18, init_cfg=None)
+    source.model.neck.in_channels = [64, 128, 256, 512]
+    donor = model_of(to_bcn(source, ws=True), 'cpu')
+    for p in donor.parameters():
+        p.data.normal_()
+    path = tmp_path / 'ours.pth'
+    torch.save(dict(state_dict=donor.state_dict()), path)
+    cfg = to_bcn(source, ws=True, pretrained=str(path))
+    assert cfg.model.backbone.frozen_stages == 1
+    assert not cfg.model.backbone.norm_eval
+    model = model_of(cfg, 'cpu')
+    model.init_weights()
+    for name, value in donor.backbone.state_dict().items():
+        assert torch.equal(model.backbone.state_dict()[name], value), name
+    again = to_bcn(cfg, ws=True, pretrained=str(path))
+    assert again.to_dict() == cfg.to_dict()
+    assert to_bcn(cfg, ws=True).to_dict() == cfg.to_dict()
+    cfg = to_bcn(read_config(DEEPLAB), pretrained='https://some.where/x.pth')
+    assert cfg.model.pretrained is None
+    assert cfg.model.backbone.init_cfg.checkpoint.endswith('x.pth')
