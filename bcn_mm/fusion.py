@@ -4,7 +4,7 @@ They scale the weight of the convolution before a BatchNorm. A standardized
 convolution would standardize the scaled weight again, or, in mmcv's fusion on
 the fly, not at all. Importing ``bcn_mm`` calls :func:`extend_fusion`, so that
 they are handed the plain convolution that it computes. (BCN is no BatchNorm to
-them, and stays; its own folding is :func:`bcn_mm.export.fold`.)
+them, and stays; its own folding is :func:`bcn_mm.deploy.fold`.)
 """
 
 import sys
@@ -16,7 +16,7 @@ from typing import Callable
 from torch import nn
 from torch.nn.utils import fusion
 
-from .export import _plain
+from .deploy.fold import _plain
 from .layers import WSConv1d, WSConv2d, WSConv3d
 from .layers.convert import take_hooks
 

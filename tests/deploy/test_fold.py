@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from bcn_mm import BCN, SyncBCN, WSConv1d, WSConv2d, WSConv3d
-from bcn_mm.export import (
+from bcn_mm.deploy import (
     UNUSED,
     AffineGroupNorm,
     Deployed,

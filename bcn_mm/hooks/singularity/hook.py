@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from ..layers import BCN
-from ..ops import affine
+from ...layers import BCN
+from ...ops import affine
 
 # What every logged scalar's name begins with.
 PREFIX = 'singularity/'

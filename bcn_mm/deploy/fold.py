@@ -33,9 +33,9 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from .layers import BCN, WSConv1d, WSConv2d, WSConv3d
-from .layers.levels import LevelCounter
-from .ops import affine_group_norm, batch_affine, group_norm_by_axes
+from ..layers import BCN, WSConv1d, WSConv2d, WSConv3d
+from ..layers.levels import LevelCounter
+from ..ops import affine_group_norm, batch_affine, group_norm_by_axes
 
 _WS = (WSConv1d, WSConv2d, WSConv3d)
 _PLAIN = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
