@@ -1,106 +1,27 @@
-"""How far the channels that feed ReLUs are from being eliminated."""
+"""The hook that watches elimination singularities."""
 
-import os
 import os.path as osp
-import re
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
-from weakref import ref
+from typing import Any, Dict, List, Optional
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from mmengine.dist import all_reduce, is_main_process
+from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
-from ...layers import BCN
-from ...ops import affine
-
-# What every logged scalar's name begins with.
-PREFIX = 'singularity/'
-# Margins are cut off here: a channel without variance has an infinite one.
-_LIMIT = 100.0
-_RELUS = {
-    F.relu,
-    F.relu_,
-    F.relu6,
-    torch.relu,
-    torch.relu_,
-    Tensor.relu,
-    Tensor.relu_,
-}
-_HARDTANHS = {F.hardtanh, F.hardtanh_}  # what nn.ReLU6 calls
-
-# At the end of a layer's name.
-_ABBREVIATION = re.compile(r'\b[bg]n(?=\d*/)')
-
-# A run's scalars: pairs of a step and what was logged then.
-History = List[Tuple[int, Dict[str, float]]]
-
-
-class _Call(NamedTuple):
-    """What one forward pass of a norm leaves behind, still on its device."""
-
-    count: int  # positions: samples times spatial size
-    level: int  # of a BCN that pyramid levels share
-    # (3, C): mean, biased variance and number of positives of the output;
-    # (5, C) for a BCN: mean and biased variance of the input as well
-    rows: Tensor
-
-
-def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean and biased variance of every channel, (C)."""
-    mean, var, _ = affine.moments(affine.dense(x))
-    # every sample has as many positions
-    return mean.mean(0), var.mean(0) + mean.var(0, correction=0)
-
-
-def _positives(x: Tensor) -> Tensor:
-    """How many values of every channel are positive, (C)."""
-    dtype = affine.compute_dtype(x)
-    if affine.has_shortcuts(x):
-        # sums of floats take a tenth of the time of sums of bools on the CPU
-        positive = torch.gt(x, 0, out=torch.empty_like(x, dtype=dtype))
-    else:
-        positive = x > 0
-    positive = positive.flatten(2) if x.dim() > 2 else positive.unsqueeze(2)
-    return positive.sum(2, dtype=dtype).sum(0)
-
-
-class _Tracer(TorchFunctionMode):
-    """Finds out which norms' outputs go into a ReLU.
-
-    By the identity of tensors, as long as nothing writes into them: ``out +=
-    identity`` leaves a residual block's last norm's output the same object,
-    but no longer that norm's output.
-    """
-
-    def __init__(self, feeds: Dict[str, None]) -> None:
-        super().__init__()
-        self.feeds = feeds
-        self.outputs = {}
-
-    def see(self, name: str, output: Tensor) -> None:
-        if not output.is_inference():  # these count no versions
-            self.outputs[id(output)] = ref(output), output._version, name
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func in _RELUS or (
-            func in _HARDTANHS and (*args, *kwargs.values())[1] == 0
-        ):
-            x = args[0] if args else kwargs['input']
-            output, version, name = self.outputs.get(
-                id(x), (lambda: None, 0, '')
-            )
-            if output() is x and x._version == version:
-                self.feeds[name] = None
-        return func(*args, **kwargs)
+from .measure import Measurement, ReLUTracer, measure
+from .plot import draw_history
+from .statistics import (
+    History,
+    layer_result,
+    log_line,
+    over_ranks,
+    scalars_of,
+    sum_up,
+    tags_of,
+)
 
 
 @HOOKS.register_module()
@@ -234,10 +155,10 @@ class EliminationSingularityHook(Hook):
         self._norms: Dict[str, nn.Module] = {}
         self._feeds: Dict[str, None] = {}  # in the order in which they ran
         self._unseen = set()  # norms that have not run in this window
-        self._calls: Dict[str, List[_Call]] = {}
+        self._calls: Dict[str, List[Measurement]] = {}
         self._steps = 0  # of the current window
-        self._tracer: Optional[_Tracer] = None
-        self._gates, self._handles = [], []
+        self._tracer: Optional[ReLUTracer] = None
+        self._model_hooks, self._norm_hooks = [], []
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model
@@ -258,7 +179,7 @@ class EliminationSingularityHook(Hook):
         self._begin_window()
 
     def before_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None
+        self, runner: Runner, batch_idx: int, data_batch: Any = None
     ) -> None:
         left = self.interval - runner.iter % self.interval
         if left > self.window or not self._norms:
@@ -266,18 +187,24 @@ class EliminationSingularityHook(Hook):
         # the norms' own hooks exist only while the model runs forward: what
         # checkpointing repeats in the backward pass, and a validation within
         # the window, are not seen
-        self._close()  # a step that raised an error left it open
-        self._gates = [
-            runner.model.register_forward_pre_hook(self._enter),
-            runner.model.register_forward_hook(self._leave, always_call=True),
+        self._remove_model_hooks()  # a step that raised an error left it open
+        self._model_hooks = [
+            runner.model.register_forward_pre_hook(self._begin_forward),
+            runner.model.register_forward_hook(
+                self._end_forward, always_call=True
+            ),
         ]
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
     ) -> None:
-        if not self._gates:
+        if not self._model_hooks:
             return
-        self._close()
+        self._remove_model_hooks()
         self._unseen -= self._calls.keys()
         self._steps += 1
         if (runner.iter + 1) % self.interval == 0:
@@ -285,73 +212,74 @@ class EliminationSingularityHook(Hook):
             self._begin_window()
 
     def after_train(self, runner: Runner) -> None:
-        self._close()
+        self._remove_model_hooks()
         if self.history and is_main_process():
             path = osp.join(runner.log_dir, 'vis_data', 'singularity.png')
             draw_history({'': self.history}, path)
             runner.logger.info(f'Elimination singularities: see {path}')
 
-    def _close(self) -> None:
-        for handle in self._gates:
+    def _remove_model_hooks(self) -> None:
+        for handle in self._model_hooks:
             handle.remove()
-        self._gates = []
+        self._model_hooks = []
 
-    def _enter(self, model: nn.Module, inputs: Any) -> None:
-        if self._handles:
+    def _begin_forward(self, model: nn.Module, inputs: Any) -> None:
+        if self._norm_hooks:
             return  # a model that calls itself
         if self._unseen:
-            self._tracer = _Tracer(self._feeds)
+            self._tracer = ReLUTracer(self._feeds)
             self._tracer.__enter__()
         for name, norm in self._norms.items():
             if name in self._feeds or name in self._unseen:
 
-                def measure(module, args, kwargs, output, name=name):
-                    self._measure(name, module, args, kwargs, output)
+                def after(module, args, kwargs, output, name=name):
+                    x = (*args, *kwargs.values())[0]
+                    self._measure(name, module, x, output)
 
-                self._handles.append(
-                    norm.register_forward_hook(measure, with_kwargs=True)
+                self._norm_hooks.append(
+                    norm.register_forward_hook(after, with_kwargs=True)
                 )
 
-    def _leave(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        for handle in self._handles:
+    def _end_forward(self, model: nn.Module, inputs: Any, output: Any) -> None:
+        for handle in self._norm_hooks:
             handle.remove()
-        self._handles = []
+        self._norm_hooks = []
         if self._tracer is not None:
             self._tracer.__exit__(None, None, None)
             self._tracer = None
 
-    @torch.no_grad()
-    def _measure(self, name, norm, args, kwargs, output) -> None:
+    def _measure(
+        self, name: str, norm: nn.Module, x: Tensor, output: Tensor
+    ) -> None:
         if self._tracer is not None:
-            self._tracer.see(name, output)
+            self._tracer.follow(output, name)
         calls = self._calls.setdefault(name, [])
-        if output.numel() == 0:
-            return
-        rows, level = [*_moments(output), _positives(output)], 0
-        if isinstance(norm, BCN):
-            x = (*args, *kwargs.values())[0]
-            rows, level = [*rows, *_moments(x)], norm.level
-        count = output.numel() // output.shape[1]
-        calls.append(_Call(count, level, torch.stack(rows)))
+        measurement = measure(norm, x, output)
+        if measurement is not None:
+            calls.append(measurement)
 
     def _begin_window(self) -> None:
         self._calls, self._steps = {}, 0
         self._feeds, self._unseen = {}, set(self._norms)
 
     def _end_window(self, runner: Runner) -> None:
-        sums = _over_ranks(
+        sums = over_ranks(
             [
-                _sum_up(norm, self._calls[name] if name in self._feeds else ())
+                sum_up(norm, self._calls[name] if name in self._feeds else ())
                 for name, norm in self._norms.items()
             ]
         )
         sums = dict(zip(self._norms, sums))
         # first those that ran on this rank, in their order
-        fed = [n for n in {**self._feeds, **sums} if sums[n][0].item() > 0]
+        fed = [
+            name
+            for name in {**self._feeds, **sums}
+            if sums[name].calls.item() > 0
+        ]
         layers = {
-            name: self._layer(*sums[name][1:])
+            name: layer_result(sums[name], self.dead_below, self.near_below)
             for name in fed
-            if sums[name][1].any()
+            if sums[name].outputs.any()
         }
         if not layers:
             why = (
@@ -363,80 +291,14 @@ class EliminationSingularityHook(Hook):
             runner.logger.warning(f'EliminationSingularityHook: {why}')
             return
         step = runner.iter + 1
-        network = self._scalars(list(layers.values()))
+        network = scalars_of(list(layers.values()))
         self.results = dict(step=step, network=network, layers=layers)
         if not is_main_process():
             return
-        tags = {PREFIX + key: value for key, value in network.items()}
-        for name, layer in layers.items():
-            for key, value in layer['scalars'].items():
-                tags[f'{PREFIX}{name}/{key}'] = value
+        tags = tags_of(self.results)
         self.history.append((step, tags))
         runner.visualizer.add_scalars(tags, step=step)
-        runner.logger.info(self._line(step))
-
-    def _layer(self, outputs: Tensor, inputs: Optional[Tensor] = None) -> dict:
-        """The result of a layer, from the sums of all ranks."""
-        count, positive, first, second = outputs
-        mean, std = first / count, (second / count - (first / count) ** 2)
-        std = std.clamp_min(0).sqrt()
-        margin = torch.where(mean == 0, mean, mean / std)
-        margin = margin.clamp(-_LIMIT, _LIMIT)
-        rate = positive / count
-        dead = rate < self.dead_below
-        near = dead | (margin < self.near_below)
-        layer = dict(
-            rate=rate,
-            margin=margin,
-            dead_channels=dead.nonzero().flatten().tolist(),
-            near_channels=near.nonzero().flatten().tolist(),
-        )
-        if inputs is not None:
-            calls, *sums = inputs
-            mean, second, estimate, estimate_second = (s / calls for s in sums)
-            var = (second - mean**2).clamp_min(0)
-            layer['lag'] = (estimate - mean).abs() / var.sqrt()
-            layer['var_ratio'] = (estimate_second - estimate**2) / var
-        layer['scalars'] = self._scalars([layer])
-        return layer
-
-    def _scalars(self, layers: Sequence[dict]) -> Dict[str, float]:
-        """The scalars of some layers together."""
-        margin = _finite(layers, 'margin')
-        scalars = dict(
-            dead=sum(len(layer['dead_channels']) for layer in layers)
-            / len(margin),
-            near=sum(len(layer['near_channels']) for layer in layers)
-            / len(margin),
-            margin_min=margin.min().item(),
-            margin_median=margin.median().item(),
-        )
-        lag, ratio = _finite(layers, 'lag'), _finite(layers, 'var_ratio')
-        if len(lag) and len(ratio):
-            scalars.update(
-                lag=lag.median().item(),
-                lag_max=lag.max().item(),
-                var_ratio=ratio.median().item(),
-            )
-        return scalars
-
-    def _line(self, step: int) -> str:
-        layers = self.results['layers'].values()
-        network = self.results['network']
-        line = (
-            f'Elimination singularities, steps {step - self._steps + 1} to '
-            f'{step}: of {len(_finite(layers, "margin"))} channels '
-            f'{sum(len(layer["dead_channels"]) for layer in layers)} dead, '
-            f'{sum(len(layer["near_channels"]) for layer in layers)} near; '
-            f'margin: lowest {network["margin_min"]:.2f}, '
-            f'median {network["margin_median"]:.2f}'
-        )
-        if 'lag' in network:
-            line += (
-                f'; estimates: lag {network["lag"]:.2f}, '
-                f'variance ratio {network["var_ratio"]:.2f}'
-            )
-        return line
+        runner.logger.info(log_line(self.results, self._steps))
 
 
 def _is_compiled(module: nn.Module) -> bool:
@@ -447,183 +309,3 @@ def _is_compiled(module: nn.Module) -> bool:
         hasattr(getattr(module, name, None), '_torchdynamo_orig_callable')
         for name in ('forward', 'train_step')
     )
-
-
-def _finite(layers: Sequence[dict], key: str) -> Tensor:
-    """All finite values of some layers, flat."""
-    values = [layer[key].flatten() for layer in layers if key in layer]
-    values = torch.cat(values) if values else torch.empty(0)
-    return values[values.isfinite()]
-
-
-def _weighted(weight: Tensor, mean: Tensor, var: Tensor) -> List[Tensor]:
-    """What makes moments additive; nothing of channels that are not finite."""
-    ok = mean.isfinite() & var.isfinite()
-    weight = weight * ok
-    mean, var = (torch.where(ok, t, 0) for t in (mean, var))
-    return [weight, weight * mean, weight * (var + mean**2)]
-
-
-def _sum_up(norm: nn.Module, calls: Sequence[_Call]) -> List[Tensor]:
-    """This rank's sums over the calls of a norm that count, in float64.
-
-    Returns:
-        list[Tensor]: the number of calls, a scalar; (4, C): weight,
-        positives, and the first and second moment of the output, times
-        weight; for a BCN (5, num_levels, C): weight, and these moments of
-        the input and of the estimate, times weight.
-    """
-    channels = getattr(norm, 'num_features', None) or norm.num_channels
-    outputs = torch.zeros(4, channels, dtype=torch.float64)
-    inputs = None
-    if isinstance(norm, BCN):
-        inputs = outputs.new_zeros(5, norm.num_levels, channels)
-        estimates = [
-            t.detach().double().cpu().view(norm.num_levels, -1)
-            for t in (norm.running_mean, norm.running_var)
-        ]
-    if calls:
-        # here alone the device is waited for
-        rows = torch.stack([call.rows for call in calls]).double().cpu()
-    for call, (mean, var, positive, *own) in zip(calls, rows if calls else ()):
-        weight, first, second = _weighted(
-            torch.full_like(mean, call.count), mean, var
-        )
-        positive = torch.where(weight > 0, positive, 0)
-        outputs += torch.stack((weight, positive, first, second))
-        if own:
-            weight, first, second = _weighted(torch.ones_like(mean), *own)
-            mu, sigma2 = (t[call.level] for t in estimates)
-            inputs[:, call.level] += torch.stack(
-                (
-                    *(weight, first, second),
-                    *(weight * mu, weight * (sigma2 + mu**2)),
-                )
-            )
-    number = outputs.new_tensor(float(len(calls)))
-    return [number, outputs] + ([] if inputs is None else [inputs])
-
-
-def _over_ranks(sums: List[List[Tensor]]) -> List[List[Tensor]]:
-    """Add up the sums of all ranks, in one message."""
-    flat = torch.cat([t.flatten() for layer in sums for t in layer])
-    all_reduce(flat)
-    parts = iter(flat.split([t.numel() for layer in sums for t in layer]))
-    return [[next(parts).view(t.shape) for t in layer] for layer in sums]
-
-
-def draw_history(runs: Dict[str, History], path: str) -> None:
-    """Draw a heat map of layers by steps: lowest margins and dead channels.
-
-    Args:
-        runs (dict): What each run logged, by a name that goes above its
-            panels. One run has its two panels side by side, several have one
-            column each, with layers that differ in mmcv's abbreviation of the
-            norm only (``gn1``, ``bn1``) in one row, as ``norm1``.
-        path (str): The PNG, written beside its target and moved there.
-    """
-    # here, since few who import bcn_mm draw, and not pyplot, which has a state
-    # and a back end of the user's
-    from matplotlib.figure import Figure
-
-    if len(runs) > 1:
-        runs = {
-            name: [
-                (step, {_ABBREVIATION.sub('norm', k): v for k, v in t.items()})
-                for step, t in history
-            ]
-            for name, history in runs.items()
-        }
-    layers = {}
-    for history in runs.values():
-        for _, tags in history:
-            layers.update(dict.fromkeys(_layers_of(tags)))
-    layers = list(layers)
-    steps = {name: [step for step, _ in h] for name, h in runs.items()}
-    lowest = {k: _grid(h, layers, 'margin_min') for k, h in runs.items()}
-    dead = {k: 100 * _grid(h, layers, 'dead') for k, h in runs.items()}
-    panels = (
-        (
-            lowest,
-            'lowest margin of a channel',
-            'mean / std of its pre-activation',
-            dict(cmap='inferno', vmin=-5, vmax=0),
-            'both',
-        ),
-        (
-            dead,
-            'dead channels',
-            "% of the layer's",
-            dict(cmap='inferno_r', vmin=0, vmax=_ceiling(dead.values())),
-            'neither',
-        ),
-    )
-    one = len(runs) == 1
-    height = 1.3 + 0.15 * max(len(layers), 6)
-    figure = Figure(
-        figsize=(max(9, 3 + 2 * len(runs)), height if one else 2 * height),
-        layout='constrained',
-    )
-    axes = figure.subplots(
-        *((1, 2) if one else (2, len(runs))),
-        sharey=True,
-        squeeze=False,
-    )
-    axes = axes.reshape(2, len(runs))
-    for row, (values, title, unit, colours, extend) in zip(axes, panels):
-        for axis, (name, grid) in zip(row, values.items()):
-            axis.set_facecolor('lightgrey')
-            mesh = axis.pcolormesh(
-                _edges(steps[name]),
-                range(len(layers) + 1),
-                grid,
-                rasterized=True,
-                **colours,
-            )
-            axis.set_title(title if one else name, fontsize='medium')
-            axis.set_xlabel('training step')
-        bar = figure.colorbar(
-            mesh, ax=list(row), extend=extend, fraction=0.05, pad=0.02
-        )
-        bar.set_label(unit if one else f'{title}\n({unit})')
-        row[0].set_yticks(
-            [i + 0.5 for i in range(len(layers))], layers, fontsize=7
-        )
-    axes[0, 0].set_ylim(len(layers), 0)  # the first layer on top
-    if any(np.isnan(grid).any() for grid in dead.values()):
-        figure.supxlabel('grey: not measured', fontsize='small', color='grey')
-    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
-    draft = f'{osp.splitext(path)[0]}.part.png'
-    figure.savefig(draft, dpi=100)
-    os.replace(draft, path)
-
-
-def _layers_of(tags: Dict[str, float]) -> List[str]:
-    """The layers' names among the names of scalars, in their order."""
-    ending = '/dead'
-    return [
-        tag[len(PREFIX) : -len(ending)]
-        for tag in tags
-        if tag.endswith(ending) and tag != PREFIX + ending[1:]
-    ]
-
-
-def _grid(history: History, layers: Sequence[str], key: str) -> np.ndarray:
-    """(layers, steps), NaN where a layer was not measured."""
-    return np.array(
-        [
-            [tags.get(f'{PREFIX}{name}/{key}', np.nan) for _, tags in history]
-            for name in layers
-        ]
-    )
-
-
-def _edges(steps: Sequence[int]) -> List[float]:
-    """Where cells that end at ``steps`` begin and end."""
-    width = steps[1] - steps[0] if len(steps) > 1 else steps[0]
-    return [steps[0] - width, *steps]
-
-
-def _ceiling(grids) -> float:
-    """The largest percentage, 1 at least."""
-    return max(1, *(np.nanmax(grid) for grid in grids))
