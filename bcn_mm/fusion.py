@@ -4,7 +4,7 @@ They scale the weight of the convolution before a BatchNorm. A standardized
 convolution would standardize the scaled weight again, or, in mmcv's fusion on
 the fly, not at all. Importing ``bcn_mm`` calls :func:`extend_fusion`, so that
 they are handed the plain convolution that it computes. (BCN is no BatchNorm to
-them, and stays; its own folding is :func:`bcn_mm.export.fold`.)
+them, and stays; its own folding is :func:`bcn_mm.deploy.fold`.)
 """
 
 import sys
@@ -16,7 +16,6 @@ from typing import Callable
 from torch import nn
 from torch.nn.utils import fusion
 
-from .export import _plain
 from .layers import WSConv1d, WSConv2d, WSConv3d
 from .layers.replace import take_hooks
 
@@ -67,7 +66,10 @@ def _fuse_plain(fuse: Callable) -> Callable:
 
 def _plain_of(conv: nn.Module) -> nn.Module:
     """The plain convolution that a standardized one computes."""
-    plain = _plain(conv, conv.standardized_weight(), conv.bias)
+    # here, so that importing bcn_mm leaves out what deploys models
+    from .deploy import plain_conv
+
+    plain = plain_conv(conv, conv.standardized_weight(), conv.bias)
     plain.weight.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
         plain.bias.requires_grad_(conv.bias.requires_grad)

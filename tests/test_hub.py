@@ -39,7 +39,7 @@ def test_unknown_name():
 
 @pytest.mark.slow
 def test_import_stays_light():
-    heavy = 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'bcn_mm.export'
+    heavy = 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'bcn_mm.deploy'
     code = f'import sys, bcn_mm; print({{*{heavy}}} & {{*sys.modules}})'
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True

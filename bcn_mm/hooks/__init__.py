@@ -1,6 +1,6 @@
 """Hooks of mmengine's runner, in its root ``HOOKS`` registry."""
 
-from .estimates import SyncEstimatesHook
 from .singularity import EliminationSingularityHook
+from .sync_estimates import SyncEstimatesHook
 
 __all__ = ['EliminationSingularityHook', 'SyncEstimatesHook']

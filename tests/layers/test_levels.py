@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
-from bcn_mm.export import fold
+from bcn_mm.deploy import fold
 from bcn_mm.layers.levels import one_pass
 
 SIZES = (8, 4, 2, 1, 1)  # as of P3 to P7

@@ -2,7 +2,7 @@
 
 Builds a detector's backbone and neck, or a segmenter, once with GroupNorm and
 plain convolutions, once with BCN and Weight Standardization and once with
-these folded (bcn_mm.export.fold), and lets them see the same random picture
+these folded (bcn_mm.deploy.fold), and lets them see the same random picture
 in turn.
 """
 
@@ -26,7 +26,7 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 
-from bcn_mm.export import Deployed, Folding, fold
+from bcn_mm.deploy import Deployed, Folding, fold
 from bcn_mm.runtime import InputError, load_config, one_line_errors
 
 BASE = 'GN'

@@ -24,7 +24,7 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from torch import Tensor, nn
 
-from bcn_mm.export import (
+from bcn_mm.deploy import (
     EXPORTERS,
     UNUSED,
     Deployed,

@@ -1,6 +1,6 @@
 """Estimates that agree on all ranks."""
 
-from typing import List
+from typing import Any, List
 
 import torch.distributed as dist
 from mmengine.dist import get_world_size
@@ -76,7 +76,11 @@ class SyncEstimatesHook(Hook):
         _average(runner)
 
     def after_train_iter(
-        self, runner: Runner, batch_idx: int, data_batch=None, outputs=None
+        self,
+        runner: Runner,
+        batch_idx: int,
+        data_batch: Any = None,
+        outputs: Any = None,
     ) -> None:
         # saving itself is done, and announced, by the first rank alone
         if any(

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from bcn_mm import BCN, SyncBCN, SyncEstimatesHook
-from bcn_mm.hooks import estimates
+from bcn_mm.hooks import sync_estimates
 
 ESTIMATES = ('running_mean', 'running_var', 'num_batches_tracked')
 
@@ -177,7 +177,9 @@ def work(rank, folder, loop, ema, by_epoch, last, steps=None, **kwargs):
         **kwargs,
     )
     with mock.patch.object(
-        estimates, 'average_estimates', wraps=estimates.average_estimates
+        sync_estimates,
+        'average_estimates',
+        wraps=sync_estimates.average_estimates,
     ) as average:
         runner.train()
     model = runner.model.module
