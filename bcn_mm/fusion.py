@@ -16,7 +16,6 @@ from typing import Callable
 from torch import nn
 from torch.nn.utils import fusion
 
-from .export import _plain
 from .layers import WSConv1d, WSConv2d, WSConv3d
 from .layers.convert import take_hooks
 
@@ -67,6 +66,8 @@ def _fuse_plain(fuse: Callable) -> Callable:
 
 def _plain_of(conv: nn.Module) -> nn.Module:
     """The plain convolution that a standardized one computes."""
+    from .export import _plain  # which few who import bcn_mm need
+
     plain = _plain(conv, conv.standardized_weight(), conv.bias)
     plain.weight.requires_grad_(conv.weight.requires_grad)
     if conv.bias is not None:
