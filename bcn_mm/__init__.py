@@ -4,10 +4,9 @@ Importing it registers the layers in mmengine's root registry, where every
 scope finds them: ``custom_imports = dict(imports=['bcn_mm'])``.
 """
 
-from .checkpoint import extend_mmengine
-from .fusion import extend_fusion
+from ._compat import extend_fusion
+from .engine.cli import allow_mmengine_checkpoints, offer_configs
 from .hooks import EliminationSingularityHook, SyncEstimatesHook
-from .hub import get_config, get_model, list_models
 from .layers import (
     BCN,
     SyncBCN,
@@ -20,8 +19,9 @@ from .layers import (
     replace_norms,
     revert_sync_bcn,
 )
-from .runtime import allow_mmengine_checkpoints, offer_configs
+from .recipes import get_config, get_model, list_models
 from .version import __version__
+from .weights.authors import extend_mmengine
 
 __all__ = [
     'BCN',

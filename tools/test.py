@@ -11,7 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     add_arguments,
     build_runner,

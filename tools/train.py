@@ -5,7 +5,7 @@ import os.path as osp
 
 from mmengine.runner import Runner
 
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     add_arguments,
     build_runner,

@@ -15,7 +15,7 @@ from ..ops import (
     check_start,
     default_num_groups,
 )
-from .layouts import (
+from ..weights.layouts import (
     adopt_authors,
     adopt_batch_norm,
     adopt_group_norm,
@@ -56,10 +56,10 @@ class BCN(nn.GroupNorm):
     Attributes that hold it are named as BatchNorm's (``bn1``), and the state
     of an ``nn.BatchNorm2d`` loads into the batch stage, with a channel stage
     that is the identity in the mean
-    (:func:`bcn_mm.layers.layouts.adopt_batch_norm`). The authors' layout loads
-    too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
+    (:func:`bcn_mm.weights.layouts.adopt_batch_norm`). The authors' layout
+    loads too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
     ``pbn.*``), and that of an ``nn.GroupNorm`` as an approximation
-    (:func:`bcn_mm.layers.layouts.adopt_group_norm`).
+    (:func:`bcn_mm.weights.layouts.adopt_group_norm`).
 
     **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
     SOLO) pass every level through one layer, and the levels' statistics

@@ -4,7 +4,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_dialect, standardize_weight
-from .layouts import loading
+from ..weights.layouts import loading
 
 #: Under this name the metadata of a state dict holds a layer's dialect.
 METADATA = 'ws_dialect'

@@ -26,8 +26,8 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 
+from bcn_mm.engine.cli import InputError, load_config, one_line_errors
 from bcn_mm.export import Deployed, Folding, fold
-from bcn_mm.runtime import InputError, load_config, one_line_errors
 
 BASE = 'GN'
 VARIANTS = {

@@ -41,7 +41,7 @@ from torch import nn
 
 from bcn_mm import EliminationSingularityHook
 from bcn_mm.config import to_bcn
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     forget_pretrained,
     load_config,

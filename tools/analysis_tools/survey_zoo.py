@@ -45,7 +45,7 @@ from bcn_mm.config import (
     to_bcn,
     write_config,
 )
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     forget_pretrained,
     one_line_errors,

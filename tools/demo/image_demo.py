@@ -19,7 +19,7 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.progress import track
 
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     check_match,
     check_picture,

@@ -24,16 +24,7 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from torch import Tensor, nn
 
-from bcn_mm.export import (
-    EXPORTERS,
-    UNUSED,
-    Deployed,
-    Folding,
-    export_onnx,
-    fold,
-    onnx_difference,
-)
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     InputError,
     check_match,
     check_picture,
@@ -42,6 +33,15 @@ from bcn_mm.runtime import (
     load_config,
     one_line_errors,
     read_checkpoint,
+)
+from bcn_mm.export import (
+    EXPORTERS,
+    UNUSED,
+    Deployed,
+    Folding,
+    export_onnx,
+    fold,
+    onnx_difference,
 )
 
 

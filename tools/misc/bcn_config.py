@@ -31,7 +31,7 @@ from bcn_mm.config import (
     to_bcn,
     write_config,
 )
-from bcn_mm.runtime import InputError, one_line_errors
+from bcn_mm.engine.cli import InputError, one_line_errors
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,9 +13,9 @@ from typing import Optional, Sequence
 
 import torch
 
-from bcn_mm.checkpoint import ARCHS, from_authors, to_authors
+from bcn_mm.engine.cli import InputError, one_line_errors, read_checkpoint
 from bcn_mm.ops import DIALECTS
-from bcn_mm.runtime import InputError, one_line_errors, read_checkpoint
+from bcn_mm.weights.authors import ARCHS, from_authors, to_authors
 
 
 def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:

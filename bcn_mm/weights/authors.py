@@ -1,6 +1,6 @@
 """Checkpoints of other layouts, whole: key maps and conversions.
 
-Single norms are read by :mod:`bcn_mm.layers.layouts` whenever a state dict is
+Single norms are read by :mod:`bcn_mm.weights.layouts` whenever a state dict is
 loaded; here is what needs to see a whole checkpoint. The authors' layout is
 that of https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
 """
@@ -13,16 +13,16 @@ import torch
 from mmengine.runner import checkpoint as reading
 from torch import Tensor, nn
 
-from .layers import BCN
-from .layers.layouts import (
+from ..layers import BCN
+from ..layers.ws_conv import METADATA
+from ..ops import DIALECTS, check_dialect
+from ..version import __version__
+from .layouts import (
     AUTHORS,
     INNER,
     RATE,
     State,
 )
-from .layers.ws_conv import METADATA
-from .ops import DIALECTS, check_dialect
-from .version import __version__
 
 _EPS = 1e-5  # of their norms and of their weight standardization
 _BLOCKS = {

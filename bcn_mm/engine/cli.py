@@ -31,7 +31,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 from mmengine.runner import checkpoint as reading
 from torch.nn.parallel import DistributedDataParallel
 
-from .checkpoint import check_finite
+from ..weights.authors import check_finite
 
 _STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
 

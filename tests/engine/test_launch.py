@@ -20,7 +20,7 @@ from mmengine.runner import load_checkpoint, save_checkpoint
 from torch import nn
 
 from bcn_mm import BCN
-from bcn_mm.runtime import (
+from bcn_mm.engine.cli import (
     _RANKS,
     AtomicLocalBackend,
     InputError,

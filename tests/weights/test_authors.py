@@ -16,7 +16,7 @@ from mmseg.registry import MODELS as SEG
 from torch import nn
 
 from bcn_mm import BCN, SyncBCN, WSConv2d
-from bcn_mm.checkpoint import from_authors, to_authors
+from bcn_mm.weights.authors import from_authors, to_authors
 
 CONFIG = (
     'configs/deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'

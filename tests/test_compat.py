@@ -213,7 +213,7 @@ def test_patches_are_applied_once():
          'efficient_conv_bn_eval_forward'),
     ]  # fmt: skip
     before = [getattr(*home) for home in homes]
-    from bcn_mm.fusion import extend_fusion
+    from bcn_mm._compat import extend_fusion
 
     extend_fusion()
     assert [getattr(*home) for home in homes] == before

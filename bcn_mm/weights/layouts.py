@@ -1,7 +1,7 @@
 """Layouts in which checkpoints hold norms, and reading them into BCN's.
 
 One norm at a time: the entries of a state dict below a prefix. Whole
-checkpoints are the business of :mod:`bcn_mm.checkpoint`.
+checkpoints are the business of :mod:`bcn_mm.weights.authors`.
 """
 
 import logging

@@ -1,0 +1,1 @@
+"""What a program around mmengine's runner needs."""
