@@ -20,8 +20,8 @@ from ..weights.layouts import (
     adopt_batch_norm,
     adopt_group_norm,
     layout_of,
-    loading,
 )
+from ..weights.report import load_report
 from .levels import LevelCounter
 
 
@@ -298,7 +298,7 @@ class BCN(nn.GroupNorm):
     ):
         layout = self._adopt(state_dict, prefix)
         if layout:
-            loading.norm(missing_keys, layout)
+            load_report(missing_keys).norm(layout)
         self._give_age(state_dict, prefix)
         self._spread_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
@@ -338,9 +338,8 @@ class BCN(nn.GroupNorm):
         """Rename what another layout holds for this layer, in place.
 
         Returns:
-            str, optional: That layout, as :func:`.layouts.layout_of` calls
-            it; None if the state is in this layer's own, or in none that it
-            knows.
+            str, optional: That layout, as ``layout_of`` calls it; None if the
+            state is in this layer's own, or in none that it knows.
         """
         layout = layout_of(state_dict, prefix, self.num_channels)
         if layout in (None, 'own'):

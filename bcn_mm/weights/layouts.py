@@ -1,21 +1,19 @@
 """Layouts in which checkpoints hold norms, and reading them into BCN's.
 
 One norm at a time: the entries of a state dict below a prefix. Whole
-checkpoints are the business of :mod:`bcn_mm.weights.authors`.
+checkpoints of the authors are converted in :mod:`bcn_mm.weights.authors`.
 """
 
-import logging
 from typing import Dict, Optional, Tuple
 
 import torch
-from mmengine.logging import print_log
 from torch import Tensor
 
+#: A state dict: name -> tensor.
 State = Dict[str, Tensor]
 
-#: What BCN calls its entries, and the authors theirs: the channel stage
-#: beside an inner BatchNorm, which their ImageNet and DeepLab code calls
-#: ``pbn`` and their later code ``bn``.
+#: What BCN calls its entries -> what the authors call theirs: the channel
+#: stage beside an inner BatchNorm.
 AUTHORS = {
     'weight': 'weight',
     'bias': 'bias',
@@ -25,6 +23,7 @@ AUTHORS = {
     'running_var': '{inner}.running_var',
     'num_batches_tracked': '{inner}.num_batches_tracked',
 }
+#: What they call that: in their ImageNet and DeepLab code, in later code.
 INNER = ('pbn', 'bn')
 #: The rate of their estimates, a setting of the training loop that one
 #: version keeps in the state; ours is an argument of the layer.
@@ -58,7 +57,13 @@ def layout_of(state: State, prefix: str, channels: int) -> Optional[str]:
 
 
 def adopt_authors(state: State, prefix: str, inner: str) -> None:
-    """Rename the authors' entries at ``prefix``, in place."""
+    """Rename the authors' entries at ``prefix``, in place.
+
+    Args:
+        state (dict): Name -> tensor.
+        prefix (str): Of the norm's entries, ``''`` or with a dot at its end.
+        inner (str): What the inner norm is called, one of :data:`INNER`.
+    """
     for own, theirs in AUTHORS.items():
         theirs = prefix + theirs.format(inner=inner)
         if theirs in state:
@@ -69,7 +74,7 @@ def adopt_authors(state: State, prefix: str, inner: str) -> None:
     state.pop(f'{prefix}{inner}.{RATE}', None)
 
 
-def _restoring(
+def _restoring_affine(
     weight: Tensor, bias: Tensor, groups: int, eps: float
 ) -> Tuple[Tensor, Tensor]:
     r"""The channel stage's affine pair that undoes its normalization.
@@ -94,23 +99,18 @@ def adopt_batch_norm(
     """Put BatchNorm's entries into the batch stage, in place.
 
     The channel stage becomes the identity for groups whose statistics are
-    those that the affine pairs give them (:func:`_restoring`), and so in the
-    mean over what the BatchNorm was trained on. With weight 1 and bias 0 it
-    would bring every group to variance 1, the last norms of residual branches
-    too, whose weights start at 0 and stay small.
+    those that the affine pairs give them (:func:`_restoring_affine`), and so
+    in the mean over what the BatchNorm was trained on. With weight 1 and bias
+    0 it would bring every group to variance 1, the last norms of residual
+    branches too, whose weights start at 0 and stay small.
 
-    How far the outputs of the four stages of a ResNet-18 are from those with
-    BatchNorm, relative to their norm (20 pictures of COCO train2017 at
-    128x128, evaluation mode; trained: 120 steps of RetinaNet with 4 of 40
-    others; random: weights of 0 to 0.5, biases of sd 0.2, estimates of those
-    40):
+    ``docs/notes/norm_layouts.md`` has what both do to a ResNet-18.
 
-    =======================  ======================  ==================
-    affine pairs             channel stage 1 and 0   as here
-    =======================  ======================  ==================
-    trained                  1.21, 1.60, 1.56, 1.48  .29, .39, .45, .51
-    random                   2.12, 2.37, 2.52, 2.36  .32, .44, .51, .55
-    =======================  ======================  ==================
+    Args:
+        state (dict): Name -> tensor.
+        prefix (str): Of the norm's entries, ``''`` or with a dot at its end.
+        groups (int): G of the channel stage.
+        eps (float): Of the BCN.
     """
     pair = []
     for name in ('weight', 'bias'):
@@ -120,7 +120,7 @@ def adopt_batch_norm(
     if len(pair) < 2:
         return
     if pair[0].shape == pair[1].shape and pair[0].numel() % groups == 0:
-        pair = _restoring(*pair, groups, eps)
+        pair = _restoring_affine(*pair, groups, eps)
     else:  # refused when it is loaded, for the shape of batch_weight
         pair = pair[0].new_ones(groups), pair[0].new_zeros(groups)
     state[prefix + 'weight'], state[prefix + 'bias'] = pair
@@ -134,104 +134,22 @@ def adopt_group_norm(
     BCN has no affine pair per channel behind its channel stage, so a GroupNorm
     cannot be expressed in it. The pair goes into the batch stage, and the
     channel stage gives each group back the scale and offset that it takes
-    away (:func:`_restoring`), those of channels with mean 0 and variance 1.
-    Estimates start at mean 0 and variance 1, where the batch stage does
-    nothing but apply the pair.
+    away (:func:`_restoring_affine`), those of channels with mean 0 and
+    variance 1. Estimates start at mean 0 and variance 1, where the batch stage
+    does nothing but apply the pair.
 
-    How much that changes the outputs of the four stages of a ResNet-18 (GN
-    with 32 groups and WS, 40 pictures of COCO val2017 at 128x128, evaluation
-    mode), relative to their norm, right after loading and after 80 more
-    training pictures without weight updates, by which the estimates have
-    become those of the pictures:
+    ``docs/notes/norm_layouts.md`` has how far that is from GroupNorm.
 
-    ======================================  ===================  ==============
-    affine pairs of GN, and where they go   after loading        80 pictures on
-    ======================================  ===================  ==============
-    random, sd 0.3: left out                .48, .77, .89, .93   .51 ... .95
-    random: batch stage, channel identity   .41, .65, .78, .84   .42 ... .83
-    random: as here                         .23, .45, .62, .75   .29 ... .78
-    trained, sd 0.04, 0.02: left out        .04, .06, .07, .11   .15 ... .42
-    trained: batch stage, channel identity  .04, .05, .05, .08   .14 ... .41
-    trained: as here                        .02, .03, .04, .06   .14 ... .40
-    ======================================  ===================  ==============
-
-    (The trained one had 300 steps of 8 pictures of COCO, their classes as
-    labels; published weights could not be had for this.)
+    Args:
+        state (dict): Name -> tensor.
+        prefix (str): Of the norm's entries, ``''`` or with a dot at its end.
+        groups (int): G of the channel stage.
+        eps (float): Of the BCN.
     """
     weight, bias = (state.pop(prefix + name) for name in ('weight', 'bias'))
     state[prefix + 'batch_weight'] = weight
     state[prefix + 'batch_bias'] = bias
-    pair = _restoring(weight, bias, groups, eps)
+    pair = _restoring_affine(weight, bias, groups, eps)
     state[prefix + 'weight'], state[prefix + 'bias'] = pair
     state[prefix + 'running_mean'] = torch.zeros_like(weight)
     state[prefix + 'running_var'] = torch.ones_like(weight)
-
-
-_READING = {
-    'BatchNorm': "BatchNorm's layout (it goes into the batch stage; the "
-    'channel stage restores the scale and offset of each group)',
-    'GroupNorm': "GroupNorm's layout (an approximation: its affine pairs go "
-    'into the batch stage, the channel stage restores the scale and offset '
-    'of each group, estimates start at 0 and 1)',
-    'authors': "the authors' layout",
-}
-_UNMARKED = {
-    'BatchNorm': 'the checkpoint is of a BatchNorm model and does not say '
-    'that it was trained with weight standardization: unless it was, its '
-    'convolutions have other weights in this model (dialect={0!r}) and need '
-    'training',
-    'GroupNorm': 'the checkpoint does not say whether it was trained with '
-    "weight standardization; it is read as dialect={0!r} (mmcv's ConvWS, and "
-    "so jhu/*_gn_ws, is 'std')",
-    'authors': 'the checkpoint does not say its dialect of weight '
-    "standardization; it is read as {0!r} (the authors' ImageNet models are "
-    "'var', their detection and DeepLab models 'std'; "
-    'tools/model_converters/authors_to_mm.py writes it down)',
-}
-
-
-class _Load:
-    """What the layers of one ``load_state_dict`` say about it, once.
-
-    All layers of one call are handed the same list of missing keys, and no
-    two calls are while that list is referenced.
-    """
-
-    def __init__(self) -> None:
-        self._keys = self._layout = self._dialect = None
-        self._said = False
-
-    def _enter(self, missing_keys: list) -> None:
-        if self._keys is not missing_keys:
-            self.__init__()
-            self._keys = missing_keys
-
-    def norm(self, missing_keys: list, layout: str) -> None:
-        """A BCN was read from the state of another layout."""
-        self._enter(missing_keys)
-        if self._layout is None:
-            self._layout = 'authors' if layout in INNER else layout
-            self._say(
-                f'BCN: the checkpoint is in {_READING[self._layout]}; reading '
-                f'it into the stages of every BCN layer that it has a norm for'
-            )
-        self._compare()
-
-    def conv(self, missing_keys: list, dialect: str) -> None:
-        """A WSConv was read from a state that names no dialect."""
-        self._enter(missing_keys)
-        self._dialect = dialect
-        self._compare()
-
-    def _compare(self) -> None:
-        if self._layout and self._dialect and not self._said:
-            self._said = True
-            self._say(
-                f'WSConv: {_UNMARKED[self._layout].format(self._dialect)}'
-            )
-
-    def _say(self, text: str) -> None:
-        print_log(text, logger='current', level=logging.INFO)
-
-
-loading = _Load()
