@@ -27,9 +27,9 @@ from mmengine.config import Config, ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
-from .engine.cli import read_checkpoint
 from .layers import BCN, is_replaceable
 from .layers.convert import norms_kept, stock_norm
+from .weights.reading import read_checkpoint
 
 # What takes the place of a convolution with --ws; others have no standardized
 # counterpart and are left alone.

@@ -1,43 +1,25 @@
-"""Checkpoints of other layouts, whole: key maps and conversions.
+"""Checkpoints of the authors, whole: conversion from and to their layout.
 
-Single norms are read by :mod:`bcn_mm.weights.layouts` whenever a state dict is
-loaded; here is what needs to see a whole checkpoint. The authors' layout is
-that of https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
+Single norms are read by :mod:`.layouts` whenever a state dict is loaded; here
+is what needs to see a whole checkpoint. The authors' layout is that of
+https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
 """
 
 import re
 from collections import OrderedDict
-from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
-from mmengine.runner import checkpoint as reading
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers import BCN
 from ..layers.ws_conv import METADATA
 from ..ops import DIALECTS, check_dialect
 from ..version import __version__
-from .layouts import (
-    AUTHORS,
-    INNER,
-    RATE,
-    State,
-)
+from .architectures import arch_of, check_architecture, groups_of, layers_of
+from .layouts import AUTHORS, INNER, RATE, State
+from .reading import check_values
 
 _EPS = 1e-5  # of their norms and of their weight standardization
-_BLOCKS = {
-    18: (2, 2, 2, 2),
-    34: (3, 4, 6, 3),
-    50: (3, 4, 6, 3),
-    101: (3, 4, 23, 3),
-    152: (3, 8, 36, 3),
-}
-#: Architectures in the authors' layout, as ``--arch`` names them.
-ARCHS = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-    'resnext50_32x4d', 'resnext101_32x4d', 'resnext152_32x4d',
-    'deeplabv3_resnet50', 'deeplabv3_resnet101', 'deeplabv3_resnet152',
-)  # fmt: skip
 
 # The authors' head -> mmseg's ASPPHead
 _HEAD = {
@@ -64,170 +46,6 @@ class Converted(NamedTuple):
     state: State
     meta: dict
     notes: List[str]
-
-
-# -- architectures ------------------------------------------------------------
-
-
-class _Entry(NamedTuple):
-    """One layer: its name, and the weight's shape, or C of a norm."""
-
-    name: str
-    kind: str  # 'conv', 'norm', 'plain' (with bias, not standardized)
-    shape: Tuple[int, ...]
-
-
-def _backbone(depth: int, groups: int, base_width: int) -> Iterator[_Entry]:
-    yield _Entry('conv1', 'conv', (64, 3, 7, 7))
-    yield _Entry('bn1', 'norm', (64,))
-    basic, before = depth < 50, 64
-    for stage, blocks in enumerate(_BLOCKS[depth]):
-        planes = 64 * 2**stage
-        width = planes * base_width // 64 * groups
-        out = planes if basic else 4 * planes
-        for block in range(blocks):
-            name = f'layer{stage + 1}.{block}'
-            if basic:
-                shapes = [(out, before, 3, 3), (out, out, 3, 3)]
-            else:
-                shapes = [
-                    (width, before, 1, 1),
-                    (width, width // groups, 3, 3),
-                    (out, width, 1, 1),
-                ]
-            for i, shape in enumerate(shapes, 1):
-                yield _Entry(f'{name}.conv{i}', 'conv', shape)
-                yield _Entry(f'{name}.bn{i}', 'norm', shape[:1])
-            if block == 0 and (stage or out != before):
-                shape = (out, before, 1, 1)
-                yield _Entry(f'{name}.downsample.0', 'conv', shape)
-                yield _Entry(f'{name}.downsample.1', 'norm', shape[:1])
-            before = out
-
-
-def _entries(arch: str, state: State) -> Iterator[_Entry]:
-    """The layers of an architecture; where it leaves a choice, as in state."""
-    found = re.fullmatch(
-        r'(deeplabv3_)?(?:resnet(\d+)|resnext(\d+)_(\d+)x(\d+)d)', arch
-    )
-    depth = int(found[2] or found[3]) if found else 0
-    if depth not in _BLOCKS or (found[3] and depth < 50):
-        raise ValueError(
-            f'unknown architecture {arch!r}; choose one of {", ".join(ARCHS)}'
-        )
-    yield from _backbone(depth, int(found[4] or 1), int(found[5] or 64))
-    features = 512 if depth < 50 else 2048
-    if not found[1]:
-        if 'fc.weight' in state:
-            shape = (_classes(state, 'fc.weight'), features)
-            yield _Entry('fc', 'plain', shape)
-        return
-    for i in range(1, 6):
-        kernel = (1, 1) if i in (1, 5) else (3, 3)
-        yield _Entry(f'aspp.aspp{i}', 'conv', (256, features, *kernel))
-        yield _Entry(f'aspp.aspp{i}_bn', 'norm', (256,))
-    # 1x1; 3x3 where to_authors took it from mmseg
-    last = state.get('aspp.conv2.weight')
-    kernel = (
-        (3, 3) if last is not None and last.shape[2:] == (3, 3) else (1, 1)
-    )
-    yield _Entry('aspp.conv2', 'conv', (256, 1280, *kernel))
-    yield _Entry('aspp.bn2', 'norm', (256,))
-    shape = (_classes(state, 'aspp.conv3.weight'), 256, 1, 1)
-    yield _Entry('aspp.conv3', 'plain', shape)
-
-
-def _classes(state: State, name: str) -> int:
-    weight = state.get(name)
-    return 1 if weight is None or not weight.dim() else len(weight)
-
-
-def arch_of(state: State) -> Optional[str]:
-    """The architecture of a checkpoint in torchvision's names.
-
-    Args:
-        state (dict): Name -> tensor.
-
-    Returns:
-        str, optional: As in :data:`ARCHS`, other widths of ResNeXt included;
-        None for a model in OpenMMLab's names (``backbone.*``).
-
-    Raises:
-        ValueError: if the names or the number of blocks are of none.
-    """
-    if 'conv1.0.weight' in state:
-        raise ValueError(
-            "conv1.0.weight: the stem of the authors' `beta` models, three "
-            'convolutions without norms, is not in mmseg'
-        )
-    if 'conv1.weight' not in state and any(
-        name.startswith('backbone.') for name in state
-    ):
-        return None
-    blocks = [set(), set(), set(), set()]
-    for name in state:
-        found = re.match(r'layer([1-4])\.(\d+)\.', name)
-        if found:
-            blocks[int(found[1]) - 1].add(found[2])
-    counts = tuple(map(len, blocks))
-    bottleneck = any('.conv3.' in k and k[0] == 'l' for k in state)
-    depths = [
-        depth
-        for depth, want in _BLOCKS.items()
-        if want == counts and (depth >= 50) == bottleneck
-    ]
-    if not depths:
-        first = next(iter(state), None)
-        raise ValueError(
-            f'{first}: blocks per stage are {", ".join(map(str, counts))}, '
-            f'which no ResNet or ResNeXt has; --arch says what is missing'
-        )
-    name = f'resnet{depths[0]}'
-    weight = state.get('layer1.0.conv2.weight')
-    if bottleneck and weight is not None and weight.dim() == 4:
-        width, each = weight.shape[:2]
-        if each and width != each:
-            name = f'resnext{depths[0]}_{width // each}x{each}d'
-    head = any(name.startswith('aspp.') for name in state)
-    return f'deeplabv3_{name}' if head else name
-
-
-# -- checks -------------------------------------------------------------------
-
-
-def check_finite(name: str, value: object) -> None:
-    """Make sure that an entry of a state dict, if a tensor, is finite.
-
-    Raises:
-        ValueError: names the entry and says what it holds.
-    """
-    if isinstance(value, Tensor) and value.is_floating_point():
-        if value.isnan().any():
-            raise ValueError(f'{name} holds NaN')
-        if value.isinf().any():
-            raise ValueError(f'{name} holds infinity')
-
-
-def check_values(state: State) -> None:
-    """Make sure that a state dict holds finite numbers under names.
-
-    Raises:
-        ValueError: names the first entry that does not.
-    """
-    if not state:
-        raise ValueError('the state dict is empty')
-    for name, value in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f'{name!r} is no name of a tensor')
-        if not isinstance(value, Tensor):
-            raise ValueError(f'{name} is no tensor but {type(value).__name__}')
-        check_finite(name, value)
-        if not value.is_floating_point() and not name.endswith(
-            'num_batches_tracked'
-        ):
-            raise ValueError(f'{name} holds {value.dtype}, not real numbers')
-        if name.endswith('running_var') and (value < 0).any():
-            raise ValueError(f'{name} holds a negative variance')
 
 
 def _without_module(state: State) -> State:
@@ -275,66 +93,6 @@ def _inner_of(state: State) -> str:
     )
 
 
-def _check_architecture(state: State, arch: str, inner: str) -> None:
-    """Compare names and shapes; the error names the first that is off."""
-    wanted: Dict[str, Tuple[int, ...]] = OrderedDict()
-    optional = set()
-    groups = (_groups(state) or [32])[0]
-    for entry in _entries(arch, state):
-        if entry.kind == 'norm':
-            for own, theirs in AUTHORS.items():
-                name = f'{entry.name}.{theirs.format(inner=inner)}'
-                wanted[name] = entry.shape
-                if own in ('weight', 'bias'):
-                    wanted[name] = (1, groups, 1)
-                elif own == 'num_batches_tracked':
-                    wanted[name] = ()
-                    optional.add(name)
-            optional.add(f'{entry.name}.{inner}.{RATE}')
-        else:
-            wanted[f'{entry.name}.weight'] = entry.shape
-            if entry.kind == 'plain':
-                wanted[f'{entry.name}.bias'] = entry.shape[:1]
-    unknown = [k for k in state if k not in wanted and k not in optional]
-    also = f'; not of {arch}: {unknown[0]}' if unknown else ''
-    for name, shape in wanted.items():
-        if name not in state:
-            if name not in optional:
-                raise ValueError(f'{name} of {arch} is missing{also}')
-        elif tuple(state[name].shape) != shape:
-            raise ValueError(
-                f'{name} has shape {tuple(state[name].shape)}, in {arch} it '
-                f'is {shape}'
-            )
-    if unknown:
-        raise ValueError(f'{unknown[0]} is not of {arch}')
-
-
-def _groups(state: State) -> List[int]:
-    """The numbers of groups of the norms in the authors' layout."""
-    found = []
-    for inner in INNER:
-        for mean, value in state.items():
-            if not mean.endswith(f'.{inner}.running_mean'):
-                continue
-            name = mean[: -len(f'{inner}.running_mean')] + 'weight'
-            shape = tuple(state[name].shape) if name in state else ()
-            if len(shape) != 3:
-                continue
-            groups = shape[1]
-            if shape != (1, groups, 1) or groups < 1:
-                raise ValueError(
-                    f'{name} has shape {shape} where (1, groups, 1) belongs'
-                )
-            if value.numel() % groups:
-                raise ValueError(
-                    f'{name}: {groups} groups do not divide '
-                    f'{value.numel()} channels'
-                )
-            found.append(groups)
-    return found
-
-
 def _check_norm(state: State, prefix: str, inner: str) -> None:
     """One norm of a model whose architecture is not known."""
     channels = state[f'{prefix}{inner}.running_mean'].shape
@@ -351,9 +109,6 @@ def _check_norm(state: State, prefix: str, inner: str) -> None:
                 f'{name} has shape {tuple(state[name].shape)}, beside the '
                 f'rest of its norm it should have {tuple(shape)}'
             )
-
-
-# -- the authors' layout ------------------------------------------------------
 
 
 def from_authors(
@@ -374,8 +129,8 @@ def from_authors(
     Args:
         state (dict): Name -> tensor, optionally below ``module.``; is left
             as it is.
-        arch (str, optional): One of :data:`ARCHS`, which the names and shapes
-            must then fit. Default: found out.
+        arch (str, optional): One of :data:`.architectures.ARCHS`, which the
+            names and shapes must then fit. Default: found out.
         dialect (str, optional): Of weight standardization, ``'none'`` for
             models without. Default: ``'var'`` for ImageNet models (known by
             their ``fc``) and ``'std'`` for DeepLab and for OpenMMLab's names,
@@ -390,21 +145,21 @@ def from_authors(
             wrong shape or not finite, or says which argument does not fit.
 
     Example:
-        >>> made = from_authors(torch.load('rn50_bcn_ws.pth'))
-        >>> made.meta['arch'], made.meta['ws_dialect']
-        ('resnet50', 'var')
+        >>> state = torch.load('rn50_bcn_ws.pth')  # doctest: +SKIP
+        >>> from_authors(state).meta['ws_dialect']  # doctest: +SKIP
+        'var'
     """
     if dialect not in (None, 'none'):
         check_dialect(dialect)
     check_values(state)
     state = _without_module(state)
     if arch is not None:
-        list(_entries(arch, {}))  # an unknown one is said first
+        list(layers_of(arch, {}))  # an unknown one is said first
     inner = _inner_of(state)
     arch = arch or arch_of(state)
     if arch:
-        _check_architecture(state, arch, inner)
-    norms, convs = _layers_of(state, arch, inner)
+        check_architecture(state, arch, inner)
+    norms, convs = _norms_and_convs(state, arch, inner)
     deeplab = bool(arch) and arch.startswith('deeplabv3')
     if dialect is None:
         if arch and not deeplab and 'fc.weight' not in state:
@@ -414,7 +169,7 @@ def from_authors(
                 f'standardization: {", ".join(DIALECTS)} or none'
             )
         dialect = 'var' if 'fc.weight' in state else 'std'
-    groups = sorted(set(_groups(state)))
+    groups = sorted(set(groups_of(state)))
     notes = [f'{len(convs)} convolutions and {len(norms)} norms mapped']
     rates = [name for name in state if name.endswith(f'.{inner}.{RATE}')]
     if rates:
@@ -443,16 +198,13 @@ def from_authors(
         )
         convs = [_to_mmseg(f'{name}.')[:-1] for name in convs]
     elif 'fc.weight' in result:
-        notes.append('fc.weight and fc.bias kept: backbones report them as '
-                     'unexpected keys')  # fmt: skip
+        notes.append(
+            'fc.weight and fc.bias kept: backbones report them as '
+            'unexpected keys'
+        )
     if len(groups) == 1 and groups != [32]:
         notes.append(f'build the model with num_groups={groups[0]}')
-    metadata = OrderedDict({'': dict(version=1)})
-    for name in convs:
-        metadata[name] = dict(version=1)
-        if dialect != 'none':
-            metadata[name][METADATA] = dialect
-    result._metadata = metadata
+    result._metadata = _metadata_of(convs, dialect)
     meta = dict(
         arch=arch or "in OpenMMLab's names",
         source="the authors' layout",
@@ -463,14 +215,24 @@ def from_authors(
     return Converted(result, meta, notes)
 
 
-def _layers_of(
+def _metadata_of(convs: List[str], dialect: str) -> OrderedDict:
+    """The metadata by which standardized convolutions know their dialect."""
+    metadata = OrderedDict({'': dict(version=1)})
+    for name in convs:
+        metadata[name] = dict(version=1)
+        if dialect != 'none':
+            metadata[name][METADATA] = dialect
+    return metadata
+
+
+def _norms_and_convs(
     state: State, arch: Optional[str], inner: str
 ) -> Tuple[List[str], List[str]]:
     """The names of the norms and of the standardized convolutions."""
     if arch:
-        entries = list(_entries(arch, state))
+        layers = list(layers_of(arch, state))
         return tuple(
-            [entry.name for entry in entries if entry.kind == kind]
+            [layer.name for layer in layers if layer.kind == kind]
             for kind in ('norm', 'conv')
         )
     norms, convs = [], []
@@ -592,14 +354,14 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
                 )
             names[name] = f'{norm}.{theirs.format(inner=inner)}'
     deeplab = 'decode_head.aspp_modules.0.conv.weight' in state
-    result, left = OrderedDict(), []
+    result, left_out = OrderedDict(), []
     for name, value in state.items():
         if name in names and name.endswith(('.weight', '.bias')):
             value = value.view(1, -1, 1)
         theirs = names.get(name, name)
         if deeplab:
             if name.startswith('auxiliary_head.'):
-                left.append(name)
+                left_out.append(name)
                 continue
             theirs = _from_mmseg(theirs)
             if theirs is None:
@@ -610,11 +372,13 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
                 value = _rotate(value, -1)
         result[theirs] = value
     if deeplab:
-        _check_architecture(result, arch_of(result), inner)
+        check_architecture(result, arch_of(result), inner)
     notes = [f'{len(norms)} norms mapped']
-    if left:
-        notes.append(f'{left[0]} and {len(left) - 1} others left out: the '
-                     f"authors' DeepLab has no auxiliary head")  # fmt: skip
+    if left_out:
+        notes.append(
+            f'{left_out[0]} and {len(left_out) - 1} others left out: the '
+            f"authors' DeepLab has no auxiliary head"
+        )
     if deeplab and result['aspp.conv2.weight'].shape[2:] != (1, 1):
         notes.append("aspp.conv2 is 3x3, in the authors' code it is 1x1")
     dialects = {
@@ -629,90 +393,3 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
         (meta['ws_dialect'],) = dialects
         notes.append(f'weight standardization: {meta["ws_dialect"]}')
     return Converted(result, meta, notes)
-
-
-# -- loading ------------------------------------------------------------------
-
-
-def fit(model: nn.Module, state: State) -> State:
-    """What has to be seen of a whole state before a model loads it.
-
-    Norms called ``gn1``, as in mmdet's GroupNorm models, are renamed to the
-    ``bn1`` of a BCN in their place.
-
-    Args:
-        model (nn.Module): That will load it.
-        state (dict): Is left as it is.
-
-    Returns:
-        dict: ``state``, or a renamed copy.
-
-    Raises:
-        RuntimeError: if the state was trained with weight standardization in
-            a dialect that the model's convolutions do not have; names the
-            first.
-    """
-    metadata = getattr(state, '_metadata', None) or {}
-    renamed = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BCN):
-            alias = re.sub(r'(^|\.)bn(\d*)$', r'\1gn\2', name)
-            if alias != name and f'{name}.weight' not in state:
-                for entry in ('weight', 'bias'):
-                    if f'{alias}.{entry}' in state:
-                        renamed[f'{alias}.{entry}'] = f'{name}.{entry}'
-        elif isinstance(module, nn.modules.conv._ConvNd):
-            trained = (metadata.get(name) or {}).get(METADATA)
-            # mmcv's ConvWS has no attribute that says so
-            kind = type(module).__name__
-            own = 'std' if kind == 'ConvWS2d' else None
-            own = getattr(module, 'dialect', own)
-            has = repr(own) if own else 'none'
-            if trained not in (None, own):
-                raise RuntimeError(
-                    f'{name}: the checkpoint was trained with weight '
-                    f'standardization dialect={trained!r}, this layer is a '
-                    f'{kind} with {has}; set conv_cfg=dict('
-                    f"type='WSConv2d', dialect={trained!r})"
-                )
-    if not renamed:
-        return state
-    result = OrderedDict((renamed.get(k, k), v) for k, v in state.items())
-    result._metadata = metadata
-    return result
-
-
-def _load_part(prefix: str, filename: str, map_location=None) -> State:
-    """mmengine's loader of ``init_cfg`` with ``prefix``, keeping metadata."""
-    checkpoint = reading._load_checkpoint(filename, map_location=map_location)
-    state = checkpoint.get('state_dict', checkpoint)
-    metadata = getattr(state, '_metadata', None) or {}
-    prefix = prefix if prefix.endswith('.') else f'{prefix}.'
-    part = OrderedDict(
-        (k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix)
-    )
-    if not part:
-        raise ValueError(f'{prefix} is not in the checkpoint {filename}')
-    part._metadata = OrderedDict(
-        (k[len(prefix) :], v)
-        for k, v in metadata.items()
-        if k.startswith(prefix)
-    )
-    return part
-
-
-_stock_load = reading.load_state_dict
-
-
-def _load_fitted(module, state_dict, strict=False, logger=None):
-    return _stock_load(module, fit(module, state_dict), strict, logger)
-
-
-def extend_mmengine() -> None:
-    """Let mmengine's loading of checkpoints go through :func:`fit`.
-
-    And keep a state's metadata, which holds the dialect, where ``init_cfg``
-    takes a part of it by ``prefix``.
-    """
-    reading.load_state_dict = _load_fitted
-    reading._load_checkpoint_with_prefix = _load_part

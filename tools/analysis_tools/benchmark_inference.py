@@ -26,7 +26,8 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
 
-from bcn_mm.engine.cli import InputError, load_config, one_line_errors
+from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.errors import InputError
 from bcn_mm.export import Deployed, Folding, fold
 
 BASE = 'GN'

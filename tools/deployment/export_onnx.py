@@ -25,15 +25,13 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bcn_mm.engine.cli import (
-    InputError,
-    check_match,
     check_picture,
     find_pictures,
     forget_pretrained,
     load_config,
     one_line_errors,
-    read_checkpoint,
 )
+from bcn_mm.errors import InputError
 from bcn_mm.export import (
     EXPORTERS,
     UNUSED,
@@ -43,6 +41,7 @@ from bcn_mm.export import (
     fold,
     onnx_difference,
 )
+from bcn_mm.weights.reading import check_match, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
