@@ -11,15 +11,10 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
-from bcn_mm.runtime import (
-    InputError,
-    add_arguments,
-    build_runner,
-    check_match,
-    load_config,
-    one_line_errors,
-    read_checkpoint,
-)
+from bcn_mm.engine.cli import add_arguments, load_config, one_line_errors
+from bcn_mm.engine.launch import build_runner
+from bcn_mm.errors import InputError
+from bcn_mm.weights.reading import check_match, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -5,17 +5,15 @@ import os.path as osp
 
 from mmengine.runner import Runner
 
-from bcn_mm.runtime import (
-    InputError,
+from bcn_mm.engine.cli import (
     add_arguments,
-    build_runner,
-    check_match,
     check_pretrained,
-    find_newest_checkpoint,
     load_config,
     one_line_errors,
-    read_checkpoint,
 )
+from bcn_mm.engine.launch import build_runner, find_newest_checkpoint
+from bcn_mm.errors import InputError
+from bcn_mm.weights.reading import check_match, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -7,7 +7,7 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ..layers import BCN
-from ..runtime import read_checkpoint
+from ..weights.reading import read_checkpoint
 from .context import Context
 from .tree import part_of
 

@@ -15,13 +15,13 @@ from ..ops import (
     check_start,
     default_num_groups,
 )
-from .layouts import (
+from ..weights.layouts import (
     adopt_authors,
     adopt_batch_norm,
     adopt_group_norm,
     layout_of,
-    loading,
 )
+from ..weights.report import load_report
 from .levels import LevelCounter
 
 
@@ -56,10 +56,10 @@ class BCN(nn.GroupNorm):
     Attributes that hold it are named as BatchNorm's (``bn1``), and the state
     of an ``nn.BatchNorm2d`` loads into the batch stage, with a channel stage
     that is the identity in the mean
-    (:func:`bcn_mm.layers.layouts.adopt_batch_norm`). The authors' layout loads
-    too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
+    (:func:`bcn_mm.weights.layouts.adopt_batch_norm`). The authors' layout
+    loads too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
     ``pbn.*``), and that of an ``nn.GroupNorm`` as an approximation
-    (:func:`bcn_mm.layers.layouts.adopt_group_norm`).
+    (:func:`bcn_mm.weights.layouts.adopt_group_norm`).
 
     **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
     SOLO) pass every level through one layer, and the levels' statistics
@@ -298,7 +298,7 @@ class BCN(nn.GroupNorm):
     ):
         layout = self._adopt(state_dict, prefix)
         if layout:
-            loading.norm(missing_keys, layout)
+            load_report(missing_keys).norm(layout)
         self._give_age(state_dict, prefix)
         self._spread_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
@@ -338,9 +338,8 @@ class BCN(nn.GroupNorm):
         """Rename what another layout holds for this layer, in place.
 
         Returns:
-            str, optional: That layout, as :func:`.layouts.layout_of` calls
-            it; None if the state is in this layer's own, or in none that it
-            knows.
+            str, optional: That layout, as ``layout_of`` calls it; None if the
+            state is in this layer's own, or in none that it knows.
         """
         layout = layout_of(state_dict, prefix, self.num_channels)
         if layout in (None, 'own'):

@@ -12,8 +12,8 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from ..weights.layouts import adopt_batch_norm, adopt_group_norm
 from .bcn import BCN
-from .layouts import adopt_batch_norm, adopt_group_norm
 
 _TORCHS = (
     nn.BatchNorm1d,

@@ -4,7 +4,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_dialect, standardize_weight
-from .layouts import loading
+from ..weights.report import load_report
 
 #: Under this name the metadata of a state dict holds a layer's dialect.
 METADATA = 'ws_dialect'
@@ -64,7 +64,7 @@ class _WSConv:
         trained = local_metadata.get(METADATA)
         if trained is None:
             if prefix + 'weight' in state_dict:
-                loading.conv(missing_keys, self.dialect)
+                load_report(missing_keys).conv(self.dialect)
         elif trained != self.dialect:
             # not among the error messages, which mmengine's loader logs
             # before it goes on with the wrong network

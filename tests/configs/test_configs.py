@@ -24,7 +24,7 @@ from torch import nn
 
 import bcn_mm
 from bcn_mm import BCN, WSConv2d
-from bcn_mm.runtime import build_runner
+from bcn_mm.engine.launch import build_runner
 
 CONFIGS = sorted((ROOT / 'configs').glob('*/*.py'))
 RECIPES = [p for p in CONFIGS if p.parent.name != 'quickstart']

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm
 
 from bcn_mm import BCN, replace_norms
 from bcn_mm.layers import is_replaceable
-from bcn_mm.layers.layouts import adopt_batch_norm, adopt_group_norm
+from bcn_mm.weights.layouts import adopt_batch_norm, adopt_group_norm
 
 
 class Block(nn.Module):

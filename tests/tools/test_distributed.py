@@ -22,7 +22,7 @@ from test_train_test import (
     scalars,
 )
 
-from bcn_mm.runtime import read_checkpoint
+from bcn_mm.weights.reading import read_checkpoint
 
 pytestmark = pytest.mark.slow
 

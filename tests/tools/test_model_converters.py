@@ -10,11 +10,11 @@ import pytest
 import torch
 from conftest import ROOT, run
 from mmdet.models.backbones import ResNet
-from test_runtime import Evil
+from support.checkpoints import Evil
 from torch import nn
 
 from bcn_mm import BCN
-from bcn_mm.runtime import read_checkpoint
+from bcn_mm.weights.reading import read_checkpoint
 
 SCRIPT = ROOT / 'tools' / 'model_converters' / 'authors_to_mm.py'
 

@@ -267,7 +267,7 @@ def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
         path.write_bytes(data[: len(data) // 2])
         message = 'given.pth is (truncated|damaged)'
     elif kind == 'code':
-        from test_runtime import Evil
+        from support.checkpoints import Evil
 
         torch.save(dict(state_dict={}, extra=Evil(print, 'harm')), path)
         message = 'more than weights.*was not loaded'

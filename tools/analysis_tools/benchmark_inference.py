@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from bcn_mm.deploy import Deployed, Folding, fold
-from bcn_mm.runtime import InputError, load_config, one_line_errors
+from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.errors import InputError
 
 BASE = 'GN'
 VARIANTS = {

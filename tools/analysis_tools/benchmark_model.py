@@ -41,12 +41,8 @@ from torch import nn
 
 from bcn_mm import EliminationSingularityHook
 from bcn_mm.convert import to_bcn
-from bcn_mm.runtime import (
-    InputError,
-    forget_pretrained,
-    load_config,
-    one_line_errors,
-)
+from bcn_mm.engine.cli import forget_pretrained, load_config, one_line_errors
+from bcn_mm.errors import InputError
 
 # the first is what the others are compared with
 VARIANTS = {

@@ -29,8 +29,8 @@ from rich.table import Table
 from torch import nn
 
 from bcn_mm import BCN
+from bcn_mm.engine.cli import one_line_errors
 from bcn_mm.ops import standardize_weight
-from bcn_mm.runtime import one_line_errors
 
 SHAPES = (
     (1, 64, 200, 304),

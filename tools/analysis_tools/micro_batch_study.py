@@ -53,7 +53,8 @@ from rich.table import Table
 from torch import nn
 
 from bcn_mm import BCN
-from bcn_mm.runtime import InputError, one_line_errors
+from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

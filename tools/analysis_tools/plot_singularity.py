@@ -13,8 +13,9 @@ import json
 import os.path as osp
 from typing import List
 
+from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.errors import InputError
 from bcn_mm.hooks.singularity import PREFIX, History, draw_history
-from bcn_mm.runtime import InputError, one_line_errors
 
 HOOK = 'EliminationSingularityHook'
 

@@ -45,11 +45,8 @@ from bcn_mm.convert import (
     to_bcn,
     write_config,
 )
-from bcn_mm.runtime import (
-    InputError,
-    forget_pretrained,
-    one_line_errors,
-)
+from bcn_mm.engine.cli import forget_pretrained, one_line_errors
+from bcn_mm.errors import InputError
 
 PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation')
 # Height and width of the pictures for training steps; where the stock model

@@ -19,16 +19,15 @@ from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.progress import track
 
-from bcn_mm.runtime import (
-    InputError,
-    check_match,
+from bcn_mm._compat import refuse_code
+from bcn_mm.engine.cli import (
     check_picture,
     find_pictures,
     load_config,
     one_line_errors,
-    read_checkpoint,
-    refuse_code,
 )
+from bcn_mm.errors import InputError
+from bcn_mm.weights.reading import check_match, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -33,16 +33,15 @@ from bcn_mm.deploy import (
     fold,
     onnx_difference,
 )
-from bcn_mm.runtime import (
-    InputError,
-    check_match,
+from bcn_mm.engine.cli import (
     check_picture,
     find_pictures,
     forget_pretrained,
     load_config,
     one_line_errors,
-    read_checkpoint,
 )
+from bcn_mm.errors import InputError
+from bcn_mm.weights.reading import check_match, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:

@@ -31,7 +31,8 @@ from bcn_mm.convert import (
     to_bcn,
     write_config,
 )
-from bcn_mm.runtime import InputError, one_line_errors
+from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.errors import InputError
 
 
 def parse_args() -> argparse.Namespace:

@@ -13,9 +13,13 @@ from typing import Optional, Sequence
 
 import torch
 
-from bcn_mm.checkpoint import ARCHS, from_authors, to_authors
+from bcn_mm._files import replacing
+from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.errors import InputError
 from bcn_mm.ops import DIALECTS
-from bcn_mm.runtime import InputError, one_line_errors, read_checkpoint
+from bcn_mm.weights.architectures import ARCHS
+from bcn_mm.weights.authors import from_authors, to_authors
+from bcn_mm.weights.reading import read_checkpoint
 
 
 def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -65,18 +69,11 @@ then, in a config:
 
 
 def write(checkpoint: dict, path: str) -> None:
-    """Write beside the target and move it there."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    draft = f'{path}.part'
-    try:
-        with open(draft, 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        if os.path.exists(draft):
-            os.remove(draft)
+    """Write a checkpoint, whole or not at all."""
+    with replacing(path) as draft, open(draft, 'wb') as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def convert(args: argparse.Namespace) -> None:

@@ -1,6 +1,8 @@
-"""BatchNorm fused into standardized convolutions, by mmcv and by torch."""
+"""Patches: above all BatchNorm fused into standardized convolutions."""
 
 import copy
+import os
+import pickle
 import random
 import sys
 
@@ -11,6 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmcv.cnn import ConvModule, fuse_conv_bn
 from mmdet.models import ResNet
+from mmengine.runner import load_checkpoint
+from support.checkpoints import Evil, save
 from torch import nn
 from torch.ao import quantization
 from torch.ao.quantization import quantize_fx
@@ -18,6 +22,7 @@ from torch.fx.experimental import optimization
 from torch.nn.utils import fuse_conv_bn_eval, fusion
 
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
+from bcn_mm._compat import extend_fusion, refuse_code
 from bcn_mm.ops import DIALECTS
 
 PLAIN = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -203,6 +208,15 @@ def test_other_fusions_are_right_or_refuse(fuse):
 # -- patches -----------------------------------------------------------------
 
 
+def test_mmengine_refuses_code_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save('evil.pth', dict(extra=Evil(os.system, 'touch harmed')))
+    refuse_code()
+    with pytest.raises(pickle.UnpicklingError):
+        load_checkpoint(BCN(4, 2), path)
+    assert not (tmp_path / 'harmed').exists()
+
+
 def test_patches_are_applied_once():
     homes = [
         (fusion, 'fuse_conv_bn_eval'),
@@ -213,8 +227,6 @@ def test_patches_are_applied_once():
          'efficient_conv_bn_eval_forward'),
     ]  # fmt: skip
     before = [getattr(*home) for home in homes]
-    from bcn_mm.fusion import extend_fusion
-
     extend_fusion()
     assert [getattr(*home) for home in homes] == before
     for function in before:

@@ -1,198 +1,38 @@
-import argparse
-import collections
+"""Runners, on every launcher, with GPUs or without."""
+
 import multiprocessing
 import os
-import pickle
 import random
 import socket
 import time
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.fileio import LocalBackend, register_backend
-from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS, MODELS
-from mmengine.runner import load_checkpoint, save_checkpoint
+from mmengine.runner import save_checkpoint
 from torch import nn
 
 from bcn_mm import BCN
-from bcn_mm.runtime import (
-    _RANKS,
+from bcn_mm.engine.launch import (
+    RANK_VARIABLES,
     AtomicLocalBackend,
-    InputError,
-    _prepare_launch,
-    add_arguments,
     build_runner,
-    check_match,
     find_newest_checkpoint,
-    forget_pretrained,
-    load_config,
-    one_line_errors,
-    read_checkpoint,
-    refuse_code,
+    prepare_launch,
 )
-
-
-class Evil:
-    """What a stranger's checkpoint may hold."""
-
-    def __init__(self, function, *arguments):
-        self.call = function, arguments
-
-    def __reduce__(self):
-        return self.call
-
-
-def save(path, value):
-    torch.save(value, path)
-    return str(path)
-
-
-def test_mmengine_checkpoints_load_weights_only(tmp_path):
-    history = HistoryBuffer([1.0, 2.0], [1, 1])
-    state = dict(
-        state_dict=BCN(4, 2).state_dict(),
-        message_hub=dict(
-            log_scalars=collections.OrderedDict(loss=history),
-            runtime_info=dict(lr=np.float64(0.1), step=np.int64(3)),
-            array=np.arange(3.0),
-        ),
-    )
-    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
-        pass  # the fork of mmengine does so, and none of them is left
-    loaded = read_checkpoint(save(tmp_path / 'a.pth', state))
-    hub = loaded['message_hub']
-    assert hub['log_scalars']['loss'].mean() == 1.5
-    assert hub['runtime_info']['step'] == 3
-    assert (hub['array'] == np.arange(3.0)).all()
-
-
-@pytest.mark.parametrize(
-    'value',
-    [
-        Evil(os.system, 'touch harmed'),
-        Evil(eval, '1'),
-        Evil(getattr, collections.OrderedDict, 'update'),
-        Evil(getattr, HistoryBuffer, '__init__'),
-        Evil(getattr, np.ndarray, 'tofile'),
-        Evil(getattr, torch.Tensor, 'numpy'),
-    ],
-)
-def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch, value):
-    monkeypatch.chdir(tmp_path)
-    path = save('evil.pth', dict(state_dict={}, extra=value))
-    with pytest.raises(InputError, match='evil.pth.*was not loaded'):
-        read_checkpoint(path)
-    assert not (tmp_path / 'harmed').exists()
-
-
-def test_mmengine_refuses_code_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = save('evil.pth', dict(extra=Evil(os.system, 'touch harmed')))
-    refuse_code()
-    with pytest.raises(pickle.UnpicklingError):
-        load_checkpoint(BCN(4, 2), path)
-    assert not (tmp_path / 'harmed').exists()
-
-
-@pytest.mark.parametrize('keep', [0, 10, 400, 0.5, 0.99])
-def test_truncated_checkpoint(tmp_path, keep):
-    path = tmp_path / 'a.pth'
-    save(path, dict(state_dict=BCN(64).state_dict()))
-    data = path.read_bytes()
-    path.write_bytes(data[: keep if keep > 1 else int(keep * len(data))])
-    with pytest.raises(InputError, match='a.pth is (truncated|damaged)'):
-        read_checkpoint(str(path))
-
-
-def test_other_files(tmp_path):
-    with pytest.raises(InputError, match='none.pth does not exist'):
-        read_checkpoint(str(tmp_path / 'none.pth'))
-    (tmp_path / 'text.pth').write_text('no weights')
-    with pytest.raises(InputError, match='text.pth'):
-        read_checkpoint(str(tmp_path / 'text.pth'))
-    with pytest.raises(InputError, match='no state dict but a list'):
-        read_checkpoint(save(tmp_path / 'list.pth', [1]))
-    with pytest.raises(InputError):
-        (tmp_path / 'pickle.pth').write_bytes(pickle.dumps(Evil(os.getcwd)))
-        read_checkpoint(str(tmp_path / 'pickle.pth'))
-    state = BCN(4, 2).state_dict()
-    assert (
-        read_checkpoint(save(tmp_path / 'bare.pth', state))[
-            'state_dict'
-        ].keys()
-        == state.keys()
-    )
-
-
-def test_check_match():
-    def net(*widths):
-        return nn.Sequential(*(nn.Linear(w, 4) for w in widths))
-
-    def given(*widths):
-        return dict(state_dict=net(*widths).state_dict())
-
-    check_match(net(1, 2), given(1, 2), 'x')
-    module = {f'module.{k}': v for k, v in net(1).state_dict().items()}
-    check_match(net(1), dict(state_dict=module), 'x')
-    for widths, message in (
-        ((1, 3), r"3 of the model's 4 .* 4 in the file.*1.weight .*\(4, 2\)"),
-        ((1,), r'2 of .* 4 .* 2 in the file.*1.weight .*file: absent'),
-        ((1, 2, 5), r'4 of .* 4 .* 6 in the file.*2.weight .*model: absent'),
-    ):
-        with pytest.raises(InputError, match=message):
-            check_match(net(1, 2), given(*widths), 'x')
-
-
-def given(path, **options):
-    """What the tools' parsers make of a command line."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument('config')
-    add_arguments(parser)
-    args = parser.parse_args([str(path)])
-    args.cfg_options = options
-    return args
-
-
-def test_load_config(tmp_path):
-    path = tmp_path / 'c.py'
-    path.write_text('a = dict(b=1, c=[1, 2])')
-    cfg = load_config(given(path, **{'a.b': 2}))
-    assert cfg.a.b == 2 and cfg.work_dir == os.path.join('work_dirs', 'c')
-    with pytest.raises(InputError, match='none.py does not exist'):
-        load_config(given(tmp_path / 'none.py'))
-    with pytest.raises(InputError, match='--cfg-options'):
-        load_config(given(path, **{'a.c.7': 2}))
-    path.write_text('a = dict(')
-    with pytest.raises(InputError, match='c.py cannot be read.*SyntaxError'):
-        load_config(given(path))
-
-
-def test_one_line_errors(capsys, monkeypatch):
-    for error, text in (
-        (InputError('two\nlines'), 'error: two lines ('),
-        (KeyError('name'), 'error: KeyError: name ('),
-        (TypeError('bad'), 'error: TypeError: bad ('),
-    ):
-        with pytest.raises(SystemExit) as stop, one_line_errors():
-            raise error
-        out = capsys.readouterr()
-        assert stop.value.code == 1
-        assert out.err.startswith(text) and out.err.count('\n') == 1
-    monkeypatch.setenv('BCN_MM_TRACEBACK', '1')
-    with pytest.raises(KeyError), one_line_errors():
-        raise KeyError('name')
+from bcn_mm.errors import InputError
+from bcn_mm.weights.reading import read_checkpoint
 
 
 @pytest.fixture(params=[False, True], ids=['CPU', 'CUDA'])
 def cuda(request, monkeypatch):
     """Whether there seems to be a GPU; and an environment of this test's."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: request.param)
-    names = [*sum(_RANKS.values(), ()), 'MASTER_ADDR', 'MASTER_PORT']
+    names = [*sum(RANK_VARIABLES.values(), ()), 'MASTER_ADDR', 'MASTER_PORT']
     with mock.patch.dict(os.environ):
         for name in names:
             os.environ.pop(name, None)
@@ -215,7 +55,7 @@ def test_launchers_that_did_not_start_this(cuda, launcher, message):
 @pytest.mark.parametrize('launcher', ['pytorch', 'slurm', 'mpi'])
 def test_a_launcher_that_does_not_say_where(cuda, launcher):
     os.environ.pop('SLURM_JOB_NODELIST', None)
-    os.environ.update(dict.fromkeys(_RANKS[launcher], '0'))
+    os.environ.update(dict.fromkeys(RANK_VARIABLES[launcher], '0'))
     with pytest.raises(InputError, match='set MASTER_ADDR'):
         build_runner(Config(dict(launcher=launcher)))
 
@@ -234,14 +74,14 @@ def test_every_rank_names_its_own_gpu(launcher, seed, monkeypatch):
         for gpu in range(gpus):
             rank = sum(machines[:machine]) + gpu
             given = map(str, (rank, sum(machines), gpu))
-            given = dict(zip(_RANKS[launcher], given))
+            given = dict(zip(RANK_VARIABLES[launcher], given))
             given.update(LOCAL_RANK='0', MASTER_ADDR='a.host')
             with mock.patch.dict(os.environ, given):
                 os.environ.pop('MASTER_PORT', None)
                 if port:
                     os.environ['MASTER_PORT'] = port
-                _prepare_launch(Config(dict(launcher=launcher)))
-                said = [os.environ[name] for name in _RANKS['pytorch']]
+                prepare_launch(Config(dict(launcher=launcher)))
+                said = [os.environ[name] for name in RANK_VARIABLES['pytorch']]
                 assert os.environ['MASTER_ADDR'] == 'a.host'
                 assert os.environ['MASTER_PORT'] == (port or '29500')
             assert said == [str(rank), str(sum(machines)), str(gpu)]
@@ -278,7 +118,8 @@ class OwnWrapper(MMDistributedDataParallel):
 def test_ranks_keep_their_own_estimates(wrapper, want, monkeypatch):
     """Under a wrapper of the user's too, unless that says otherwise."""
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    environment = dict.fromkeys((*_RANKS['pytorch'], 'MASTER_ADDR'), '0')
+    names = (*RANK_VARIABLES['pytorch'], 'MASTER_ADDR')
+    environment = dict.fromkeys(names, '0')
     with mock.patch.dict(os.environ, environment):
         for strategy in (None, 'DDPStrategy'):
             cfg = dict(launcher='pytorch', model_wrapper_cfg=dict(wrapper))
@@ -286,7 +127,7 @@ def test_ranks_keep_their_own_estimates(wrapper, want, monkeypatch):
                 own = dict(model_wrapper=cfg.pop('model_wrapper_cfg'))
                 cfg.update(strategy=dict(type=strategy, **own))
             cfg = Config(cfg)
-            _prepare_launch(cfg)
+            prepare_launch(cfg)
             node = cfg.get('model_wrapper_cfg')
             if strategy:
                 assert node is None
@@ -297,7 +138,7 @@ def test_ranks_keep_their_own_estimates(wrapper, want, monkeypatch):
                 assert (key in node) == (key in wrapper)
         for cfg in (dict(), dict(strategy=dict(type='DDPStrategy'))):
             cfg = Config(dict(cfg, launcher='pytorch'))
-            _prepare_launch(cfg)  # nothing to say where a user says nothing
+            prepare_launch(cfg)  # nothing to say where a user says nothing
             assert 'model_wrapper_cfg' not in cfg
 
 
@@ -312,7 +153,7 @@ class Tiny(BaseModel):
 
 
 def launch(rank, port, folder):
-    os.environ.update(zip(_RANKS['mpi'], map(str, (rank, 2, rank))))
+    os.environ.update(zip(RANK_VARIABLES['mpi'], map(str, (rank, 2, rank))))
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
     os.environ['LOCAL_RANK'] = '0'
     cfg = Config(
@@ -392,21 +233,3 @@ def test_newest_checkpoint(tmp_path):
     assert newest == str(tmp_path / 'iter_10.pth')
     named.write_text('elsewhere.pth')
     assert find_newest_checkpoint(str(tmp_path)) == 'elsewhere.pth'
-
-
-def test_forget_pretrained():
-    """Wherever a config keeps them, and nothing else."""
-    load = dict(type='Pretrained', checkpoint='a.pth')
-    other = dict(type='Kaiming', layer='Conv2d')
-    model = ConfigDict(
-        pretrained='b.pth',
-        backbone=dict(depth=18, init_cfg=load, parts=[dict(init_cfg=load)]),
-        neck=dict(init_cfg=[other, load]),
-        head=dict(init_cfg=other),
-    )
-    forget_pretrained(model)
-    assert model.to_dict() == dict(
-        backbone=dict(depth=18, init_cfg=None, parts=[dict(init_cfg=None)]),
-        neck=dict(init_cfg=[other]),
-        head=dict(init_cfg=other),
-    )

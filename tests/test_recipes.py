@@ -1,8 +1,5 @@
 """The recipes by name."""
 
-import subprocess
-import sys
-
 import pytest
 from mmengine.hub import get_config as stock_get_config
 
@@ -35,13 +32,3 @@ def test_model():
 def test_unknown_name():
     with pytest.raises(ValueError, match='did you mean retinanet_r50_fpn_bcn'):
         bcn_mm.get_config('retinanet_r50_bcn')
-
-
-@pytest.mark.slow
-def test_import_stays_light():
-    heavy = 'mmdet', 'mmseg', 'onnx', 'onnxruntime', 'bcn_mm.deploy'
-    code = f'import sys, bcn_mm; print({{*{heavy}}} & {{*sys.modules}})'
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True
-    )
-    assert done.stdout == 'set()\n', done.stderr

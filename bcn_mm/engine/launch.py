@@ -1,0 +1,206 @@
+"""The runner of a config, on every launcher, with GPUs or without."""
+
+import atexit
+import gc
+import glob
+import os
+import subprocess
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend, register_backend
+from mmengine.registry import MODEL_WRAPPERS, RUNNERS
+from mmengine.runner import Runner, find_latest_checkpoint
+from torch.nn.parallel import DistributedDataParallel
+
+from .._compat import refuse_code
+from .._files import replacing
+from ..errors import InputError
+
+#: Launcher -> the environment variables in which it says which process this
+#: is: its rank, the number of processes, its rank on its machine.
+RANK_VARIABLES = {
+    'pytorch': ('RANK', 'WORLD_SIZE', 'LOCAL_RANK'),
+    'slurm': ('SLURM_PROCID', 'SLURM_NTASKS', 'SLURM_LOCALID'),
+    'mpi': (
+        'OMPI_COMM_WORLD_RANK',
+        'OMPI_COMM_WORLD_SIZE',
+        'OMPI_COMM_WORLD_LOCAL_RANK',
+    ),
+}
+#: Launcher -> the command that starts processes for it.
+_STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
+
+
+class AtomicLocalBackend(LocalBackend):
+    """mmengine's local files, written beside their target and moved there.
+
+    A process that dies while it writes leaves what was there before.
+    """
+
+    def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
+        """Write ``obj`` to ``filepath``, whole or not at all."""
+        with replacing(filepath) as draft, open(draft, 'wb') as file:
+            file.write(obj)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def find_newest_checkpoint(work_dir: str) -> Optional[str]:
+    """The checkpoint that ``--resume`` goes on from, None if there is none.
+
+    That is what mmengine's ``last_checkpoint`` names, or, where a process
+    died while it wrote that file, the ``*.pth`` that was written last.
+
+    Args:
+        work_dir (str): The work directory of the training.
+    """
+    source = find_latest_checkpoint(work_dir)
+    if source == '':
+        files = glob.glob(os.path.join(glob.escape(work_dir), '*.pth'))
+        source = max(files, key=os.path.getmtime, default=None)
+    return source
+
+
+def build_runner(cfg: Config) -> Runner:
+    """The runner of a config, on a machine with GPUs or without.
+
+    It writes checkpoints atomically and reads weights only from here on.
+
+    Args:
+        cfg (Config): Completed in place, see :func:`prepare_launch`.
+
+    Raises:
+        InputError: if the launcher did not start this process, or does not
+            say where the process of rank 0 is.
+    """
+    refuse_code()
+    register_backend('local', AtomicLocalBackend, force=True, prefixes='')
+    prepare_launch(cfg)
+    if 'runner_type' in cfg:
+        return RUNNERS.build(cfg)
+    return Runner.from_cfg(cfg)
+
+
+def prepare_launch(cfg: Config) -> None:
+    """Let every launcher run, without a GPU on gloo.
+
+    mmengine's launchers select a CUDA device unconditionally and its DDP
+    wrapper names one; a process group that is already up is left alone.
+
+    Args:
+        cfg (Config): With ``launcher``; how it wraps the model is completed
+            in place.
+
+    Raises:
+        InputError: as of :func:`build_runner`.
+    """
+    if cfg.launcher == 'none':
+        return
+    _set_rank_variables(cfg.launcher)
+    if not torch.cuda.is_available():
+        torch.distributed.init_process_group('gloo')
+        atexit.register(_destroy_gloo_group)
+        if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
+            _keep_fsdp_on_cpu(cfg.strategy)
+        cfg.setdefault('model_wrapper_cfg', {})
+        if _wraps_in_ddp(cfg.model_wrapper_cfg):
+            cfg.model_wrapper_cfg.setdefault('device_ids', None)
+            cfg.model_wrapper_cfg.setdefault(
+                'find_unused_parameters',
+                cfg.get('find_unused_parameters', False),
+            )
+    _keep_buffers_local(cfg)
+
+
+def _set_rank_variables(launcher: str) -> None:
+    """Say in the environment, as torchrun does, what the launcher says.
+
+    mmengine reads it there, also where mpirun never wrote it: the GPU that
+    DDP takes is ``LOCAL_RANK``.
+    """
+    starter, names = _STARTERS[launcher], RANK_VARIABLES[launcher]
+    missing = [name for name in names if name not in os.environ]
+    if missing:
+        raise InputError(
+            f'--launcher {launcher} is for {starter}, which sets '
+            f'{" and ".join(missing)}; start the script with {starter}'
+        )
+    for own, given in zip(RANK_VARIABLES['pytorch'], names):
+        os.environ[own] = os.environ[given]
+    os.environ.setdefault('MASTER_PORT', '29500')
+    if 'MASTER_ADDR' not in os.environ:
+        os.environ['MASTER_ADDR'] = _first_host(launcher)
+
+
+def _first_host(launcher: str) -> str:
+    """The machine of rank 0, if the launcher says it."""
+    nodes = os.environ.get('SLURM_JOB_NODELIST')
+    if launcher != 'slurm' or not nodes:
+        raise InputError(
+            f'--launcher {launcher}: set MASTER_ADDR to the address of the '
+            f'machine of rank 0'
+        )
+    hosts = subprocess.run(
+        ['scontrol', 'show', 'hostnames', nodes],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return hosts.stdout.split()[0]
+
+
+def _keep_buffers_local(cfg: Config) -> None:
+    """Have a DDP of the user's leave every rank its own estimates.
+
+    DDP broadcasts the first rank's buffers in every pass unless told not to;
+    mmengine tells it where a config does not say how to wrap the model.
+    """
+    strategy = cfg.get('strategy') or {}
+    wrappers = [cfg.get('model_wrapper_cfg')]
+    if strategy.get('type') == 'DDPStrategy':
+        wrappers.append(strategy.get('model_wrapper'))
+    for wrapper in wrappers:
+        # a newer name of the same setting is an answer, too
+        if (
+            wrapper is not None
+            and _wraps_in_ddp(wrapper)
+            and 'forward_sync_buffers' not in wrapper
+        ):
+            wrapper.setdefault('broadcast_buffers', False)
+
+
+def _wraps_in_ddp(wrapper: dict) -> bool:
+    kind = wrapper.get('type', 'MMDistributedDataParallel')
+    if isinstance(kind, str):
+        # not .get(), which logs, and so asks which rank this is, too early
+        kind = MODEL_WRAPPERS.module_dict.get(kind.rpartition('.')[2])
+    return kind is not None and issubclass(kind, DistributedDataParallel)
+
+
+def _destroy_gloo_group() -> None:
+    """End gloo's threads, which abort an interpreter that they outlive.
+
+    A group ends with its last reference; models hold some, in cycles.
+    """
+    torch.distributed.destroy_process_group()
+    gc.collect()
+
+
+def _keep_fsdp_on_cpu(strategy: dict) -> None:
+    """Say to torch's FSDP what it takes to stay off accelerators."""
+    strategy.setdefault('model_wrapper', {})
+    strategy.model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')
+    strategy.model_wrapper.setdefault('device_id', 'cpu')
+    if strategy.get('state_dict_cfg') == 'full':
+        # to offload what is on the CPU already crashes torch (2.13)
+        stay = dict(rank0_only=False, offload_to_cpu=False)
+        strategy.state_dict_cfg = dict(
+            state_dict_type='FULL_STATE_DICT',
+            state_dict_config=dict(type='FullStateDictConfig', **stay),
+            optim_state_dict_config=dict(
+                type='FullOptimStateDictConfig', **stay
+            ),
+        )

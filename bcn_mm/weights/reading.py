@@ -1,0 +1,126 @@
+"""Checkpoints from strangers: reading them safely, and whether they fit."""
+
+import os
+import pickle
+import re
+
+import torch
+from torch import Tensor, nn
+
+from .._compat import allow_mmengine_checkpoints
+from ..errors import InputError
+from .layouts import State
+
+
+def read_checkpoint(path: str) -> dict:
+    """Read a local checkpoint on the CPU, weights only.
+
+    Returns:
+        dict: the checkpoint; its ``state_dict`` is always present.
+
+    Raises:
+        InputError: if the file is missing, truncated, holds anything but
+            data, holds no state dict, or one with numbers that are not finite.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f'checkpoint {path} does not exist')
+    # again: torch's safe_globals(), where somebody used it, took them back
+    allow_mmengine_checkpoints()
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r'GLOBAL ([\w.]+)|attribute .*', str(e))
+        what = f' ({found.group(0)})' if found else ''
+        raise InputError(
+            f'checkpoint {path} is damaged or holds more than weights{what} '
+            f'and was not loaded'
+        ) from e
+    except Exception as e:  # a damaged pickle may raise almost anything
+        reason = (str(e).splitlines() or [type(e).__name__])[0]
+        raise InputError(
+            f'checkpoint {path} is truncated or no checkpoint: {reason}'
+        ) from e
+    if not isinstance(checkpoint, dict):
+        raise InputError(
+            f'checkpoint {path} holds no state dict but a '
+            f'{type(checkpoint).__name__}'
+        )
+    if 'state_dict' not in checkpoint:
+        checkpoint = dict(state_dict=checkpoint)
+    state = checkpoint['state_dict']
+    for name, value in state.items() if isinstance(state, dict) else ():
+        try:
+            check_finite(name, value)
+        except ValueError as e:
+            raise InputError(f'checkpoint {path}: {e}') from e
+    return checkpoint
+
+
+def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
+    """Make sure that a checkpoint is one of exactly this model.
+
+    mmengine loads what fits and goes on with the rest as initialized, which
+    makes test metrics of a wrong pair of files look like a bad model.
+
+    Args:
+        model (nn.Module): Built, not loaded.
+        checkpoint (dict): As :func:`read_checkpoint` returns it.
+        path (str): Its file, for the message.
+
+    Raises:
+        InputError: says how much matched, and the first tensor that did not.
+    """
+
+    def shapes(state: State) -> dict:
+        return {
+            re.sub(r'^module\.', '', k): tuple(getattr(v, 'shape', ()))
+            for k, v in state.items()
+            if 'num_batches_tracked' not in k
+        }
+
+    own, given = shapes(model.state_dict()), shapes(checkpoint['state_dict'])
+    matched = sum(given.get(k) == shape for k, shape in own.items())
+    if matched == len(own) == len(given):
+        return
+    name = next(k for k in (*own, *given) if own.get(k) != given.get(k))
+    raise InputError(
+        f'checkpoint {path} is of another architecture: {matched} of the '
+        f"model's {len(own)} tensors match, out of {len(given)} in the file; "
+        f'the first that does not is {name} (model: '
+        f'{own.get(name, "absent")}, file: {given.get(name, "absent")})'
+    )
+
+
+def check_finite(name: str, value: object) -> None:
+    """Make sure that an entry of a state dict, if a tensor, is finite.
+
+    Raises:
+        ValueError: names the entry and says what it holds.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        if value.isnan().any():
+            raise ValueError(f'{name} holds NaN')
+        if value.isinf().any():
+            raise ValueError(f'{name} holds infinity')
+
+
+def check_values(state: State) -> None:
+    """Make sure that a state dict holds finite numbers under names.
+
+    Raises:
+        ValueError: names the first entry that does not.
+    """
+    if not state:
+        raise ValueError('the state dict is empty')
+    for name, value in state.items():
+        if not isinstance(name, str):
+            raise ValueError(f'{name!r} is no name of a tensor')
+        if not isinstance(value, Tensor):
+            raise ValueError(f'{name} is no tensor but {type(value).__name__}')
+        check_finite(name, value)
+        if not value.is_floating_point() and not name.endswith(
+            'num_batches_tracked'
+        ):
+            raise ValueError(f'{name} holds {value.dtype}, not real numbers')
+        if name.endswith('running_var') and (value < 0).any():
+            raise ValueError(f'{name} holds a negative variance')
