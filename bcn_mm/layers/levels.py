@@ -7,8 +7,10 @@ through its hooks for all modules, which are registered with the first layer
 that counts levels.
 """
 
+import sys
 import threading
 from contextlib import contextmanager
+from types import FrameType
 from typing import Dict, Iterator, List, Optional
 
 import torch
@@ -19,55 +21,64 @@ from ..ops import exporting, recomputation
 
 
 class _Pass:
-    """What has begun and is not over."""
+    """The pass that a thread is in."""
 
     def __init__(self) -> None:
-        self.root: Optional[object] = None  # whose call began it
-        self.depth = 0  # of the root's calls of itself
+        self.depth = 0  # how many calls of modules have begun and not ended
+        # that the first of them runs in, unless it is compiled
+        self.frame: Optional[FrameType] = None
         # of every layer, the spatial sizes of the inputs since a round of
-        # levels began
+        # levels began; None outside of any pass
         self.sizes: Optional[Dict[LevelCounter, List[int]]] = None
 
-    def begin(self, root: object) -> None:
-        if self.root is None:
-            self.root, self.depth, self.sizes = root, 1, {}
-        elif root is self.root:
-            self.depth += 1
+    def begin(self, frame: Optional[FrameType]) -> None:
+        if self.depth == 0:
+            self.frame, self.sizes = frame, {}
+        self.depth += 1
 
-    def end(self, root: object) -> None:
-        if root is self.root:
+    def end(self) -> None:
+        if self.depth > 0:
             self.depth -= 1
             if self.depth == 0:
-                self.root = self.sizes = None
+                self.frame = self.sizes = None
+
+    def drop_if_over(self) -> None:
+        """Forget a pass that an error has ended without its hook.
+
+        torch leaves out the hooks that are to be called after errors, too,
+        while it exports.
+        """
+        try:
+            self.frame.clear()
+        except RuntimeError:  # it is running
+            return
+        self.depth, self.frame, self.sizes = 0, None, None
 
 
 class _Thread(threading.local):
-    """The pass that this thread is in."""
-
     def __init__(self) -> None:
         self.current = _Pass()
 
 
 _thread = _Thread()
-_compiled = _Pass()  # compilers follow no threads
 _hooks = []
 
 
-def _current() -> _Pass:
-    if torch.compiler.is_dynamo_compiling():
-        return _compiled
-    return _thread.current
-
-
+# torch.compile traces these two with the modules that they are called for, and
+# what it breaks off may go on in Python: both have to do the same
 def _enter(module: nn.Module, inputs) -> None:
-    current = _current()
+    current, frame = _thread.current, None
+    if not torch.compiler.is_dynamo_compiling():
+        if current.frame is not None:
+            current.drop_if_over()
+        frame = sys._getframe(1)
     # a layer that is called from outside of any module begins nothing
-    if current.root is not None or not hasattr(module, '_levels'):
-        current.begin(module)
+    if current.depth > 0 or not hasattr(module, '_levels'):
+        current.begin(frame)
 
 
 def _leave(module: nn.Module, inputs, output) -> None:
-    _current().end(module)
+    _thread.current.end()
 
 
 def _listen() -> None:
@@ -94,12 +105,14 @@ def one_pass() -> Iterator[None]:
         >>> with one_pass():
         ...     outs = [layer(torch.randn(1, 8, s, s)) for s in (4, 2)]
     """
-    current, root = _current(), object()
-    current.begin(root)
+    current = _thread.current
+    if current.frame is not None:
+        current.drop_if_over()
+    current.begin(None)
     try:
         yield
     finally:
-        current.end(root)
+        current.end()
 
 
 class LevelCounter:
@@ -136,7 +149,7 @@ class LevelCounter:
     def _count(self, x: Tensor) -> int:
         # what is recorded for other sizes goes by the number of calls alone
         size = 0 if exporting() else x.shape[2:].numel()
-        sizes = _current().sizes
+        sizes = _thread.current.sizes
         sizes = (
             self._sizes if sizes is None else sizes.setdefault(self, [])
         )

@@ -264,6 +264,61 @@ def test_compiled_passes_begin_too(compile):
         torch.testing.assert_close(value, want)
 
 
+@pytest.mark.parametrize('how', ['export', 'trace', 'compile', 'call'])
+def test_a_pass_that_cannot_be_recorded_is_over(how):
+    layer = shared()
+    layers = separate(layer)
+    head = Head(layer)
+    (x,) = pyramid((4,))
+    record = dict(
+        export=lambda: torch.export.export(head, ([x, None],), strict=False),
+        trace=lambda: torch.jit.trace(head, ([x],)),
+        compile=lambda: torch.compile(head, fullgraph=True)([x, None]),
+        call=lambda: head([x, None]),
+    )
+    with pytest.raises(Exception):  # noqa: B017  each its own
+        record[how]()
+    if how == 'call':  # the first level has moved
+        layers[0](x)
+    for _ in range(2):
+        torch.testing.assert_close(head([x])[0], layers[0](x))
+
+
+@pytest.mark.parametrize('where', ['before', 'within', 'after'])
+@pytest.mark.parametrize('checkpointed', [False, True])
+def test_a_graph_break_leaves_no_pass_behind(where, checkpointed):
+    """...whichever part of a pass is compiled, and which is not."""
+    layer = shared()
+    layers = separate(layer)
+
+    class Broken(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = Head(layer)
+
+        def forward(self, x):
+            if where == 'before':
+                torch._dynamo.graph_break()
+            if where == 'within':
+                x = [*x[:1], torch.compiler.disable(nn.Identity())(x[1]), x[2]]
+            if checkpointed:
+                outs = checkpoint(self.head, x, use_reentrant=False)
+            else:
+                outs = self.head(x)
+            if where == 'after':
+                torch._dynamo.graph_break()
+            return [y + 0 for y in outs]
+
+    net = torch.compile(Broken(), backend='aot_eager')
+    for sizes in ((8, 4, 2), (4, 4, 4)):
+        x = pyramid(sizes)
+        want = [one(t) for one, t in zip(layers, x)]
+        torch.testing.assert_close(net(x), want)
+    for sizes in ((4,), (4,)):
+        (x,) = pyramid(sizes)
+        torch.testing.assert_close(Head(layer)([x])[0], layers[0](x))
+
+
 @pytest.mark.parametrize('sizes', [(9, 7, 5, 3, 1), (4, 4, 4, 4, 4)])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('reentrant', [True, False])
