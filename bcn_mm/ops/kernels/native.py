@@ -3,7 +3,7 @@
 Sums and sums of squares beat ``var_mean`` twentyfold, and a batch norm in
 evaluation mode applies an affine twice as fast as a broadcast ``addcmul``.
 Where that loses accuracy, which takes a look at values, the few rows concerned
-are done again. Timings: ``docs/notes/performance.md``.
+are done again.
 """
 
 from typing import Iterator, Optional, Tuple
