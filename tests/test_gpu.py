@@ -143,6 +143,7 @@ def test_no_host_synchronisation(estimate, training, low):
             net(x).sum().backward()
         finally:
             torch.cuda.set_sync_debug_mode('default')
+    assert torch.isfinite(x.grad).all()
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
