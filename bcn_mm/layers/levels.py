@@ -42,17 +42,33 @@ class _Pass:
             if self.depth == 0:
                 self.frame = self.sizes = None
 
-    def drop_if_over(self) -> None:
+    def drop_if_over(self, now: FrameType) -> None:
         """Forget a pass that an error has ended without its hook.
 
         torch leaves out the hooks that are to be called after errors, too,
-        while it exports.
+        while it compiles and exports. Nor does a pass go on if the call that
+        runs ``now`` is an outermost one itself.
         """
-        try:
-            self.frame.clear()
-        except RuntimeError:  # it is running
-            return
+        if self.frame is not now:
+            try:
+                self.frame.clear()
+            except RuntimeError:  # it is running
+                return
         self.depth, self.frame, self.sizes = 0, None, None
+
+
+def _outermost_call(frame: FrameType) -> FrameType:
+    """Of those in which modules are called, the last one above a frame.
+
+    The frame itself if there is but its own module's.
+    """
+    calls = []
+    above = frame
+    while above is not None:
+        if above.f_code is nn.Module._wrapped_call_impl.__code__:
+            calls.append(above)
+        above = above.f_back
+    return calls[-1] if len(calls) > 1 else frame
 
 
 class _Thread(threading.local):
@@ -69,9 +85,11 @@ _hooks = []
 def _enter(module: nn.Module, inputs) -> None:
     current, frame = _thread.current, None
     if not torch.compiler.is_dynamo_compiling():
-        if current.frame is not None:
-            current.drop_if_over()
         frame = sys._getframe(1)
+        if current.depth > 0:
+            if current.frame is None:  # what began it is compiled
+                current.frame = _outermost_call(frame)
+            current.drop_if_over(frame)
     # a layer that is called from outside of any module begins nothing
     if current.depth > 0 or not hasattr(module, '_levels'):
         current.begin(frame)
@@ -105,10 +123,10 @@ def one_pass() -> Iterator[None]:
         >>> with one_pass():
         ...     outs = [layer(torch.randn(1, 8, s, s)) for s in (4, 2)]
     """
-    current = _thread.current
+    current, frame = _thread.current, sys._getframe(2)  # of the caller
     if current.frame is not None:
-        current.drop_if_over()
-    current.begin(None)
+        current.drop_if_over(frame)
+    current.begin(frame)
     try:
         yield
     finally:

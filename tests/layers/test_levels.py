@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
 from bcn_mm.deploy import fold
+from bcn_mm.layers import levels
 from bcn_mm.layers.levels import one_pass
 
 SIZES = (8, 4, 2, 1, 1)  # as of P3 to P7
@@ -115,6 +116,21 @@ def test_fewer_levels_and_changes_of_mode():
             torch.testing.assert_close(layer(t), one(t), rtol=0, atol=0)
         layer.train(), [one.train() for one in layers]
     assert_equal_estimates(layer, layers)
+
+
+@pytest.fixture(autouse=True)
+def _compiler():
+    torch._dynamo.reset()  # which counts what a process has compiled
+
+
+def test_a_pass_that_compiled_code_left_behind_is_over():
+    layer = shared()
+    layers = separate(layer)
+    head = Head(layer)
+    levels._thread.current.begin(None)  # as it does
+    for _ in range(2):
+        (x,) = pyramid((4,))
+        torch.testing.assert_close(head([x])[0], layers[0](x))
 
 
 class Head(nn.Module):
