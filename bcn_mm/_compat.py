@@ -24,13 +24,12 @@ from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 from torch.nn.utils import fusion
 
-from .layers import WSConv1d, WSConv2d, WSConv3d
+from .layers import WS_CONVS
 from .layers.replace import take_hooks
 from .weights.layouts import State
 from .weights.loading import prepare_state_dict
 
 _STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
-_WS = (WSConv1d, WSConv2d, WSConv3d)
 
 
 def apply() -> None:
@@ -203,7 +202,7 @@ def _fuse_plain(fuse: Callable) -> Callable:
     """A fusion of plain convolutions made one of standardized ones too."""
 
     def fuse_plain(conv, *args, **kwargs):
-        if isinstance(conv, _WS):
+        if isinstance(conv, WS_CONVS):
             conv = _plain_conv_of(conv)
         return fuse(conv, *args, **kwargs)
 
@@ -226,7 +225,7 @@ def _forward_plain(forward: Callable) -> Callable:
     """As :func:`_fuse_plain`, for a fusion in each pass, with gradients."""
 
     def forward_plain(bn, conv, x):
-        if isinstance(conv, _WS):
+        if isinstance(conv, WS_CONVS):
             conv = SimpleNamespace(
                 weight=conv.standardized_weight(),
                 bias=conv.bias,

@@ -11,9 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils._pytree import tree_leaves
 
 from .._tracing import TensorTracer
-from ..layers import BCN, WSConv1d, WSConv2d, WSConv3d
+from ..layers import BCN, WS_CONVS
 
-WS_CONVS = (WSConv1d, WSConv2d, WSConv3d)
 #: Why the batch stage of a norm stays that the watched pass did not use.
 UNUSED = 'nothing passed through it'
 

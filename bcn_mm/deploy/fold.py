@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.utils._pytree import tree_leaves
 
-from ..layers import BCN
+from ..layers import BCN, WS_CONVS
 from ..layers.levels import LevelCounter
 from ..ops import affine_group_norm, batch_affine
 from .compare import largest_difference
-from .dataflow import WS_CONVS, ConvTracer, obstacle_of
+from .dataflow import ConvTracer, obstacle_of
 
 _PLAIN = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 

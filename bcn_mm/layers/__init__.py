@@ -8,10 +8,11 @@ from .sync import (
     convert_sync_bcn,
     revert_sync_bcn,
 )
-from .ws_conv import WSConv1d, WSConv2d, WSConv3d
+from .ws_conv import WS_CONVS, WSConv1d, WSConv2d, WSConv3d
 
 __all__ = [
     'BCN',
+    'WS_CONVS',
     'SyncBCN',
     'WSConv1d',
     'WSConv2d',

@@ -123,3 +123,7 @@ class WSConv2d(_WSConv, nn.Conv2d):
 @MODELS.register_module()
 class WSConv3d(_WSConv, nn.Conv3d):
     """``nn.Conv3d`` with Weight Standardization; see :class:`WSConv2d`."""
+
+
+#: All of them, for who asks what a convolution is.
+WS_CONVS = (WSConv1d, WSConv2d, WSConv3d)
