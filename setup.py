@@ -37,8 +37,7 @@ def shipped(*patterns: str) -> list:
 setup(
     name='bcn-mm',
     version=version(),
-    description='Batch-Channel Normalization and Weight Standardization '
-    'for OpenMMLab',
+    description='Batch-Channel Normalization and Weight Standardization for OpenMMLab',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
     license='Apache-2.0',
@@ -63,9 +62,7 @@ setup(
         export=requirements('export'),
         study=requirements('study'),
         tests=[
-            line
-            for name in ('tests', 'export', 'study')
-            for line in requirements(name)
+            line for name in ('tests', 'export', 'study') for line in requirements(name)
         ],
     ),
     classifiers=[

@@ -47,9 +47,7 @@ if _is_missing('mmengine'):
     def __getattr__(name: str) -> None:
         """Say what the public names need, when they are asked for."""
         if name not in __all__:
-            raise AttributeError(
-                f'module {__name__!r} has no attribute {name!r}'
-            )
+            raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
         missing = [p for p in ('mmengine', 'mmcv') if _is_missing(p)]
         raise ImportError(
             f'bcn_mm.{name} needs {" and ".join(missing)}, which '

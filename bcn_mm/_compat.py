@@ -80,9 +80,7 @@ def refuse_code() -> None:
     fails it runs what the file holds.
     """
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):
-        mmengine_checkpoint._safe_torch_load = partial(
-            torch.load, weights_only=True
-        )
+        mmengine_checkpoint._safe_torch_load = partial(torch.load, weights_only=True)
 
 
 # -- loading them into models -------------------------------------------------
@@ -102,9 +100,7 @@ def _load_with_prefix(prefix: str, filename: str, map_location=None) -> State:
     if not part:
         raise ValueError(f'{prefix} is not in the checkpoint {filename}')
     part._metadata = OrderedDict(
-        (k[len(prefix) :], v)
-        for k, v in metadata.items()
-        if k.startswith(prefix)
+        (k[len(prefix) :], v) for k, v in metadata.items() if k.startswith(prefix)
     )
     return part
 

@@ -66,9 +66,7 @@ def get_config(name: str) -> 'Config':
     return Config.fromfile(_CONFIGS / recipes[name])
 
 
-def get_model(
-    name: str, cfg_options: Optional[Dict[str, Any]] = None
-) -> 'nn.Module':
+def get_model(name: str, cfg_options: Optional[Dict[str, Any]] = None) -> 'nn.Module':
     """The model of a recipe, from random weights.
 
     Args:

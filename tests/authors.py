@@ -32,9 +32,7 @@ class Norm(nn.Module):
 class Conv(nn.Conv2d):
     def __init__(self, cin, cout, kernel, dialect, **kwargs):
         padding = kernel // 2 * kwargs.get('dilation', 1)
-        super().__init__(
-            cin, cout, kernel, padding=padding, bias=False, **kwargs
-        )
+        super().__init__(cin, cout, kernel, padding=padding, bias=False, **kwargs)
         self.dialect = dialect
 
     def forward(self, x):
@@ -44,9 +42,18 @@ class Conv(nn.Conv2d):
 
 class Block(nn.Module):
     def __init__(
-        self, cin, planes, dialect, inner, basic, stride, dilation, groups,
-        base, first,
-    ):  # fmt: skip
+        self,
+        cin,
+        planes,
+        dialect,
+        inner,
+        basic,
+        stride,
+        dilation,
+        groups,
+        base,
+        first,
+    ):
         super().__init__()
         out = planes if basic else planes * 4
         width = planes * base // 64 * groups
@@ -81,9 +88,15 @@ class Backbone(nn.Module):
     """Returns the outputs of the four stages."""
 
     def __init__(
-        self, depth, dialect='var', inner='pbn', groups=1, base=64,
-        deeplab=False, classes=None,
-    ):  # fmt: skip
+        self,
+        depth,
+        dialect='var',
+        inner='pbn',
+        groups=1,
+        base=64,
+        deeplab=False,
+        classes=None,
+    ):
         super().__init__()
         basic = depth < 50
         self.conv1 = Conv(3, 64, 7, dialect, stride=2)
@@ -97,12 +110,18 @@ class Backbone(nn.Module):
             for i in range(blocks):
                 layer.append(
                     Block(
-                        cin, planes, dialect, inner, basic,
+                        cin,
+                        planes,
+                        dialect,
+                        inner,
+                        basic,
                         stride if i == 0 else 1,
                         2 if dilated and i else 1,
-                        groups, base, i == 0,
+                        groups,
+                        base,
+                        i == 0,
                     )
-                )  # fmt: skip
+                )
                 cin = planes if basic else planes * 4
             self.add_module(f'layer{stage + 1}', layer)
         if classes:

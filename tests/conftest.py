@@ -23,9 +23,7 @@ settings.register_profile('fixed', derandomize=True, deadline=None)
 settings.load_profile('fixed')
 
 # A COCO- and a Cityscapes-shaped folder, as the README describes.
-REAL_DATA = Path(
-    os.environ.get('BCN_MM_DATA', ROOT.parent / 'shared' / 'data')
-)
+REAL_DATA = Path(os.environ.get('BCN_MM_DATA', ROOT.parent / 'shared' / 'data'))
 
 
 @pytest.fixture(autouse=True)
@@ -74,8 +72,14 @@ def shapes(tmp_path_factory, python):
     folder = tmp_path_factory.mktemp('data') / 'shapes'
     python(
         'tools/dataset_converters/make_shapes.py',
-        folder, '--train', 12, '--val', 6, '--size', 96,
-    )  # fmt: skip
+        folder,
+        '--train',
+        12,
+        '--val',
+        6,
+        '--size',
+        96,
+    )
     return folder
 
 

@@ -88,9 +88,7 @@ def name_threads() -> None:
     """
     folder = Path('/proc/self/task')
     if 'RANK' in os.environ and folder.is_dir():
-        names = sorted(
-            (f / 'comm').read_text().strip() for f in folder.iterdir()
-        )
+        names = sorted((f / 'comm').read_text().strip() for f in folder.iterdir())
         print('threads at exit:', *names, flush=True)
 
 

@@ -51,6 +51,7 @@ ORDINARY = {
     *('threshold_backward', 'allreduce_'),
 }
 
+
 class Operators(TorchDispatchMode):
     """Notes what is called."""
 
@@ -94,9 +95,13 @@ def test_layer(
     n, depth, spatial, last, dtype, estimate, start, momentum, affines, offset
 ):
     layer = BCN(
-        2 * depth, 2, affine=affines, estimate=estimate, start=start,
+        2 * depth,
+        2,
+        affine=affines,
+        estimate=estimate,
+        start=start,
         momentum=momentum,
-    )  # fmt: skip
+    )
     layer.to(torch.float64 if dtype == torch.float64 else torch.float32)
     x = (torch.randn(n, 2 * depth, *spatial) + offset).to(dtype)
     if last and x.dim() == 4:
@@ -141,18 +146,20 @@ def test_standardization(dialect, dtype):
         return weight.detach(), conv.weight.grad
 
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        *both_routes(step, conv), rtol=100 * eps, atol=100 * eps
-    )
+    torch.testing.assert_close(*both_routes(step, conv), rtol=100 * eps, atol=100 * eps)
 
 
 class Net(BaseModel):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(
-            WSConv2d(3, 8, 3), BCN(8, 2), nn.ReLU(),
-            WSConv2d(8, 8, 3), SyncBCN(8, 2, estimate=False), nn.ReLU(),
-        )  # fmt: skip
+            WSConv2d(3, 8, 3),
+            BCN(8, 2),
+            nn.ReLU(),
+            WSConv2d(8, 8, 3),
+            SyncBCN(8, 2, estimate=False),
+            nn.ReLU(),
+        )
 
     def forward(self, inputs, mode='tensor'):
         return dict(loss=self.net(inputs).square().mean())

@@ -34,11 +34,13 @@ def random_pair(choose, dims, kinds=STANDARDIZED):
     """A convolution with options, and a BatchNorm that has learnt."""
     groups = choose.choice([1, 2])
     options = dict(
-        groups=groups, stride=choose.choice([1, 2]),
-        padding=choose.choice([0, 1]), dilation=choose.choice([1, 2]),
+        groups=groups,
+        stride=choose.choice([1, 2]),
+        padding=choose.choice([0, 1]),
+        dilation=choose.choice([1, 2]),
         bias=choose.random() < 0.5,
         padding_mode=choose.choice(['zeros', 'circular']),
-    )  # fmt: skip
+    )
     if kinds is STANDARDIZED:
         options['dialect'] = choose.choice(sorted(DIALECTS))
     torch.manual_seed(choose.randrange(10**6))
@@ -56,9 +58,11 @@ def random_pair(choose, dims, kinds=STANDARDIZED):
 def test_mmcvs_fusion_computes_the_same(seed):
     choose = random.Random(seed)
     net = nn.Sequential(
-        *random_pair(choose, 2), nn.ReLU(),
-        nn.Sequential(nn.Conv2d(6, 4, 1)), *random_pair(choose, 2),
-    ).eval()  # fmt: skip
+        *random_pair(choose, 2),
+        nn.ReLU(),
+        nn.Sequential(nn.Conv2d(6, 4, 1)),
+        *random_pair(choose, 2),
+    ).eval()
     x = torch.randn(2, 4, 17, 16)
     want = net(x)
     fused = fuse_conv_bn(copy.deepcopy(net))
@@ -107,13 +111,16 @@ def test_mmcvs_fusion_in_each_pass(train, seed):
     results = []
     for efficient in (False, True):
         torch.manual_seed(seed)
-        conv_cfg = dict(
-            type='WSConv2d', dialect=sorted(DIALECTS)[seed % len(DIALECTS)]
-        )
+        conv_cfg = dict(type='WSConv2d', dialect=sorted(DIALECTS)[seed % len(DIALECTS)])
         block = ConvModule(
-            4, 6, 3, conv_cfg=conv_cfg, norm_cfg=dict(type='BN'),
-            bias=bool(seed % 2), efficient_conv_bn_eval=efficient,
-        )  # fmt: skip
+            4,
+            6,
+            3,
+            conv_cfg=conv_cfg,
+            norm_cfg=dict(type='BN'),
+            bias=bool(seed % 2),
+            efficient_conv_bn_eval=efficient,
+        )
         block(torch.randn(2, 4, 7, 7))
         block.train(train).norm.eval()
         x = torch.randn(2, 4, 7, 7, requires_grad=True)
@@ -164,9 +171,13 @@ def test_other_convolutions_go_the_old_way(dims, seed):
 def test_bcn_is_left_alone(kind):
     conv, norm = random_pair(random.Random(0), 2, {2: nn.Conv2d})
     net = nn.Sequential(
-        kind(3, 8, 3), BCN(8), nn.ReLU(), nn.Conv2d(8, 4, 1), BCN(4),
+        kind(3, 8, 3),
+        BCN(8),
+        nn.ReLU(),
+        nn.Conv2d(8, 4, 1),
+        BCN(4),
         nn.Sequential(conv, norm, BCN(6)),
-    )  # fmt: skip
+    )
     net(torch.randn(2, 3, 15, 15))
     net.eval()
     x = torch.randn(1, 3, 15, 15)
@@ -223,17 +234,16 @@ def test_patches_are_applied_once():
         (nn.utils, 'fuse_conv_bn_eval'),
         (optimization, 'fuse_conv_bn_eval'),
         (sys.modules['mmcv.cnn.utils.fuse_conv_bn'], '_fuse_conv_bn'),
-        (sys.modules['mmcv.cnn.bricks.conv_module'],
-         'efficient_conv_bn_eval_forward'),
-    ]  # fmt: skip
+        (sys.modules['mmcv.cnn.bricks.conv_module'], 'efficient_conv_bn_eval_forward'),
+    ]
     before = [getattr(*home) for home in homes]
     extend_fusion()
     assert [getattr(*home) for home in homes] == before
     for function in before:
         assert not hasattr(function.__wrapped__, '__wrapped__')
-    again = copy.deepcopy(ConvModule(
-        3, 8, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True
-    ))  # fmt: skip
+    again = copy.deepcopy(
+        ConvModule(3, 8, 3, norm_cfg=dict(type='BN'), efficient_conv_bn_eval=True)
+    )
     assert again.efficient_conv_bn_eval_forward is before[-1]
 
 

@@ -26,9 +26,11 @@ CUDA = torch.device('cuda')
 MODES = pytest.mark.parametrize('estimate', [True, False])
 # of a float32 result, relative to its largest value
 ERROR = {
-    torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 4e-3,
+    torch.float64: 1e-10,
+    torch.float32: 1e-4,
+    torch.float16: 4e-3,
     torch.bfloat16: 3e-2,
-}  # fmt: skip
+}
 
 
 def moved(layer):
@@ -53,13 +55,17 @@ def close(got, want, dtype, factor=1):
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize(
     'shape',
-    [(1, 64, 50, 76), (2, 256, 32, 32), (64, 64, 7, 7), (2, 32, 1, 1),
-     (1, 256, 1, 1), (1, 64, 200, 304)],
-)  # fmt: skip
+    [
+        (1, 64, 50, 76),
+        (2, 256, 32, 32),
+        (64, 64, 7, 7),
+        (2, 32, 1, 1),
+        (1, 256, 1, 1),
+        (1, 64, 200, 304),
+    ],
+)
 @pytest.mark.parametrize('offset', [0.0, 10.0])
-def test_agrees_with_the_definition(
-    estimate, training, dtype, layout, shape, offset
-):
+def test_agrees_with_the_definition(estimate, training, dtype, layout, shape, offset):
     low = dtype in (torch.float16, torch.bfloat16)
     layer = moved(BCN(shape[1], estimate=estimate, momentum=0.1).double())
     x = (torch.randn(shape) + offset).to(dtype)
@@ -67,9 +73,15 @@ def test_agrees_with_the_definition(
     leaves = [x.double().requires_grad_(), *layer.parameters()]
     names = ('batch_weight', 'batch_bias', 'weight', 'bias')
     want, mean, var = reference.bcn(
-        leaves[0], layer.num_groups, layer.running_mean, layer.running_var,
-        *(getattr(layer, name) for name in names), training, estimate, 0.1,
-    )  # fmt: skip
+        leaves[0],
+        layer.num_groups,
+        layer.running_mean,
+        layer.running_var,
+        *(getattr(layer, name) for name in names),
+        training,
+        estimate,
+        0.1,
+    )
     wants = torch.autograd.grad(want, leaves, dy.double())
     layer.to(CUDA, torch.float32 if low else dtype).train(training)
     memory = torch.contiguous_format
@@ -172,7 +184,9 @@ def test_amp_with_a_grad_scaler(estimate):
     """It trains, and steps that overflow leave finite estimates."""
     torch.manual_seed(0)
     net = nn.Sequential(
-        WSConv2d(3, 16, 3, padding=1), BCN(16, estimate=estimate), nn.ReLU(),
+        WSConv2d(3, 16, 3, padding=1),
+        BCN(16, estimate=estimate),
+        nn.ReLU(),
         nn.Conv2d(16, 1, 1),
     )
     net.to(CUDA, memory_format=torch.channels_last)
@@ -209,8 +223,9 @@ def test_activation_checkpointing(reentrant):
         layer = BCN(8, 2, momentum=0.5).double().to(CUDA)
         inputs = torch.randn(5, 2, 8, 6, 6, device=CUDA).double()
         inputs = inputs.requires_grad_()
-        sum(wrap(layer, x * (i + 1)).pow(3).sum()
-            for i, x in enumerate(inputs)).backward()  # fmt: skip
+        sum(
+            wrap(layer, x * (i + 1)).pow(3).sum() for i, x in enumerate(inputs)
+        ).backward()
         results.append((inputs.grad, list(layer.buffers())))
     torch.testing.assert_close(*results, rtol=1e-10, atol=1e-10)
 
@@ -268,11 +283,14 @@ TASKS = {
     ),
     'seg': (
         'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py',
-        ['train_cfg.max_iters=24', 'train_cfg.val_interval=24',
-         'default_hooks.checkpoint.interval=12'],
+        [
+            'train_cfg.max_iters=24',
+            'train_cfg.val_interval=24',
+            'default_hooks.checkpoint.interval=12',
+        ],
         'iter_12.pth',
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.slow
@@ -290,9 +308,12 @@ def test_trains_and_resumes(task, amp, shapes, tmp_path, python):
     command += ['--amp'] if amp else []
     python(*command, *settings, SHAPES_ROOT=str(shapes))
     python(
-        *command, '--resume', tmp_path / saved, *settings,
+        *command,
+        '--resume',
+        tmp_path / saved,
+        *settings,
         SHAPES_ROOT=str(shapes),
-    )  # fmt: skip
+    )
     for file in Path(tmp_path).glob('*/vis_data/scalars.json'):
         records = [json.loads(line) for line in file.open()]
         assert all(0 < r['loss'] < 1e3 for r in records if 'loss' in r)

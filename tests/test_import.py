@@ -21,9 +21,18 @@ sys.meta_path.insert(0, Blocked())
 """
 # what mmengine, mmcv and the recipes bring along too
 MM = (
-    'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'addict', 'cv2',
-    'matplotlib', 'pkg_resources', 'rich', 'yaml',
-)  # fmt: skip
+    'mmengine',
+    'mmcv',
+    'mmdet',
+    'mmseg',
+    'mmpretrain',
+    'addict',
+    'cv2',
+    'matplotlib',
+    'pkg_resources',
+    'rich',
+    'yaml',
+)
 
 pytestmark = pytest.mark.slow
 
@@ -43,9 +52,14 @@ def last_line(done):
 
 def test_import_stays_light():
     heavy = (
-        'mmdet', 'mmseg', 'onnx', 'onnxruntime',
-        'bcn_mm.convert', 'bcn_mm.deploy', 'bcn_mm.engine',
-    )  # fmt: skip
+        'mmdet',
+        'mmseg',
+        'onnx',
+        'onnxruntime',
+        'bcn_mm.convert',
+        'bcn_mm.deploy',
+        'bcn_mm.engine',
+    )
     code = f'import sys, bcn_mm; print({{*{heavy}}} & {{*sys.modules}})'
     done = run(sys.executable, '-c', code)
     assert done.stdout == 'set()\n', done.stdout

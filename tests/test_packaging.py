@@ -63,9 +63,15 @@ def wheel(tmp_path_factory, python):
         (copy / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
     python(
-        '-m', 'pip', 'wheel', '--no-deps', '--no-build-isolation',
-        '--wheel-dir', copy / 'out', copy,
-    )  # fmt: skip
+        '-m',
+        'pip',
+        'wheel',
+        '--no-deps',
+        '--no-build-isolation',
+        '--wheel-dir',
+        copy / 'out',
+        copy,
+    )
     return next((copy / 'out').glob('bcn_mm-*.whl'))
 
 
@@ -87,12 +93,9 @@ def test_wheel_holds_configs_and_tools(wheel):
     tools = [
         name
         for name in tracked('tools')
-        if name.endswith('.py')
-        or name.startswith(('tools/dist_', 'tools/slurm_'))
+        if name.endswith('.py') or name.startswith(('tools/dist_', 'tools/slurm_'))
     ]
-    assert sorted(held) == sorted(
-        [*tracked('configs'), *tools, 'model-index.yml']
-    )
+    assert sorted(held) == sorted([*tracked('configs'), *tools, 'model-index.yml'])
     for name, data in held.items():
         assert data == (ROOT / name).read_bytes(), name
     assert not [n for n in names if n.startswith(('tests/', 'tools/'))]
@@ -133,8 +136,7 @@ def test_unknown_stack():
     done = run('bash', 'tools/setup_env.sh', MM_STACK='openlab')
     assert done.returncode == 1
     assert done.stdout == (
-        "[setup] error: there is no MM_STACK 'openlab'. "
-        'Set it to openmmlab or onedl\n'
+        "[setup] error: there is no MM_STACK 'openlab'. Set it to openmmlab or onedl\n"
     )
 
 

@@ -67,9 +67,7 @@ TASKS = {
 console = Console()
 
 
-def call(
-    words: list, log: Path, what: str, environment: dict, passes: int = 1
-) -> None:
+def call(words: list, log: Path, what: str, environment: dict, passes: int = 1) -> None:
     """Run one of the tools with a progress bar fed by what it logs."""
     console.print(f'[dim]$ {shlex.join(["python", *map(str, words)])}')
     log.parent.mkdir(parents=True, exist_ok=True)

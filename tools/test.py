@@ -47,9 +47,7 @@ def parse_args() -> argparse.Namespace:
         default=2,
         help='seconds that --show leaves a picture (%(default)s)',
     )
-    parser.add_argument(
-        '--tta', action='store_true', help='augment at test time'
-    )
+    parser.add_argument('--tta', action='store_true', help='augment at test time')
     return parser.parse_args()
 
 
@@ -58,8 +56,7 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
     hook = cfg.get('default_hooks', {}).get('visualization')
     if hook is None:
         raise InputError(
-            '--show and --show-dir need default_hooks.'
-            'visualization in the config'
+            '--show and --show-dir need default_hooks.visualization in the config'
         )
     hook.draw = True
     if args.show:
@@ -75,18 +72,14 @@ def visualize(cfg: Config, args: argparse.Namespace) -> None:
 
 def augment(cfg: Config) -> None:
     """Wrap the model for test-time augmentation, by default with flips."""
-    if cfg.model.get('mask_head') or cfg.model.get('roi_head', {}).get(
-        'mask_head'
-    ):
+    if cfg.model.get('mask_head') or cfg.model.get('roi_head', {}).get('mask_head'):
         raise InputError('--tta: mmdet cannot merge masks of augmented views')
     if 'tta_model' not in cfg:
         if cfg.get('default_scope') != 'mmdet':
             raise InputError('--tta needs tta_model in the config')
         cfg.tta_model = ConfigDict(
             type='DetTTAModel',
-            tta_cfg=dict(
-                nms=dict(type='nms', iou_threshold=0.5), max_per_img=100
-            ),
+            tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         )
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
@@ -105,9 +98,7 @@ def augment(cfg: Config) -> None:
             'flip_direction',
         )
         flips = [dict(type='RandomFlip', prob=p) for p in (1.0, 0.0)]
-        cfg.tta_pipeline = load + [
-            dict(type='TestTimeAug', transforms=[flips, [pack]])
-        ]
+        cfg.tta_pipeline = load + [dict(type='TestTimeAug', transforms=[flips, [pack]])]
     dataset.pipeline = cfg.tta_pipeline
     cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
 

@@ -28,9 +28,7 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument('config', help='train config file')
     add_arguments(parser)
-    parser.add_argument(
-        '--amp', action='store_true', help='train in mixed precision'
-    )
+    parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -84,9 +82,7 @@ def main() -> None:
         # wrong files are found before anything is built or written
         checkpoint = (
             read_checkpoint(source)
-            if source
-            and osp.splitext(source)[1] == '.pth'
-            and '://' not in source
+            if source and osp.splitext(source)[1] == '.pth' and '://' not in source
             else None
         )
         runner = build_runner(cfg)
@@ -94,9 +90,7 @@ def main() -> None:
             if checkpoint and cfg.get('resume'):
                 check_match(runner.model, checkpoint, source)
             # missing annotations too, and what the optimizer refuses
-            runner.optim_wrapper = runner.build_optim_wrapper(
-                runner.optim_wrapper
-            )
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
             runner.train_loop, runner.val_loop  # noqa: B018
         del checkpoint
     runner.train()

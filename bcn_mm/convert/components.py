@@ -50,9 +50,7 @@ def _convert_component(context: Context, node: dict, path: str) -> None:
     kind = _class_of(context, node) if 'type' in node else None
     arguments = constructor_arguments(kind) if kind else {}
     selected = context.selects(path)
-    defaults = (
-        _add_defaults(context, node, path, arguments) if selected else set()
-    )
+    defaults = _add_defaults(context, node, path, arguments) if selected else set()
     norms = []
     for where, key, value in list(children(node, path)):
         if key == 'init_cfg':
@@ -94,8 +92,7 @@ def _replace_norm(
         context.keep(
             path,
             value,
-            f'{norm.__name__} has a forward of its own and may do more than '
-            f'normalize'
+            f'{norm.__name__} has a forward of its own and may do more than normalize'
             if stock_norm(norm)
             else f'{norm.__name__} is no norm of batches or groups',
         )
@@ -149,9 +146,7 @@ def _add_defaults(
 
 def _has_norm(context: Context, value: Any) -> bool:
     """Whether a default value has a norm to replace, however deep."""
-    return any(
-        is_replaceable(_norm_class(context, node)) for _, node in walk(value)
-    )
+    return any(is_replaceable(_norm_class(context, node)) for _, node in walk(value))
 
 
 def _as_config(value: Any) -> Any:
@@ -197,9 +192,7 @@ def constructor_arguments(kind: type) -> Dict[str, Any]:
         for name, p in signature.parameters.items():
             if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
                 found.setdefault(name, p.default)
-        if all(
-            p.kind is not p.VAR_KEYWORD for p in signature.parameters.values()
-        ):
+        if all(p.kind is not p.VAR_KEYWORD for p in signature.parameters.values()):
             break
     found.pop('self', None)
     return found

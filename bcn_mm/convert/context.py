@@ -58,9 +58,7 @@ class Context:
     changes: List[Change] = field(default_factory=list)
     norms: Dict[str, List[dict]] = field(default_factory=dict)
     defaults: Dict[str, Tuple[dict, dict]] = field(default_factory=dict)
-    replaced: Dict[str, Set[type]] = field(
-        default_factory=lambda: defaultdict(set)
-    )
+    replaced: Dict[str, Set[type]] = field(default_factory=lambda: defaultdict(set))
     standardized: Set[str] = field(default_factory=set)
 
     def selects(self, path: str) -> bool:
@@ -75,9 +73,7 @@ class Context:
         if before != value:
             node[key] = value
             where = f'{path}.{key}' if path else key
-            self.changes.append(
-                Change(where, before, copy.deepcopy(value), note)
-            )
+            self.changes.append(Change(where, before, copy.deepcopy(value), note))
 
     def keep(self, path: str, value: Any, note: str) -> None:
         """Say why a setting is left alone."""
@@ -89,6 +85,4 @@ class Context:
         node.clear()
         node.update(before)
         self.norms.pop(path, None)
-        self.changes = [
-            c for c in self.changes if c.path.rpartition('.')[0] != path
-        ]
+        self.changes = [c for c in self.changes if c.path.rpartition('.')[0] != path]

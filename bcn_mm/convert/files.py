@@ -76,6 +76,5 @@ def write_config(cfg: Config, source: str, path: str) -> None:
             file.write(f'_base_ = {base!r}\n{text}')
         if Config.fromfile(draft).to_dict() != cfg.to_dict():
             raise RuntimeError(
-                f'{path}: cannot be written as a config that inherits from '
-                f'{source}'
+                f'{path}: cannot be written as a config that inherits from {source}'
             )

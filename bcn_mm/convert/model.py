@@ -118,9 +118,7 @@ def _build_converted(context: Context, node: dict) -> nn.Module:
     raise reason
 
 
-def _wrap_components(
-    context: Context, node: dict, path: str, model: nn.Module
-) -> None:
+def _wrap_components(context: Context, node: dict, path: str, model: nn.Module) -> None:
     """Reach the norms that components build without asking the config."""
     components = {name: n for name, n in walk(node) if 'type' in n}
     found = defaultdict(list)
@@ -143,9 +141,7 @@ def _wrap_components(
             component.type = WRAPPER
             component.bcn_cfg = copy.deepcopy(context.norm_cfg)
             note = f'{what} that it builds without asking its config'
-            context.changes.append(
-                Change(f'{where}.type', before, WRAPPER, note)
-            )
+            context.changes.append(Change(f'{where}.type', before, WRAPPER, note))
             context.norms.setdefault(where, []).append(component.bcn_cfg)
     for (kind, reason), names in norms_kept(model).items():
         owners = Counter(innermost(name, components) for name in names)
@@ -175,9 +171,7 @@ def _separate_levels(context: Context, node: dict, path: str) -> None:
         counts = {len(s) for s in layers}
         if counts == {1}:
             continue
-        falling = all(
-            s == sorted(s, reverse=True) and s[0] > s[-1] for s in layers
-        )
+        falling = all(s == sorted(s, reverse=True) and s[0] > s[-1] for s in layers)
         if len(counts) == 1 and falling:
             (levels,) = counts
             note = f'{levels} levels share the norms'

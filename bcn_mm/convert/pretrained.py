@@ -36,19 +36,13 @@ def unfreeze(
     # what stands for none differs: -1 in most, 0 in EfficientNet
     none = arguments.get('frozen_stages', -1)
     if node.get('frozen_stages', none) != none and not given:
-        context.change(
-            node, 'frozen_stages', none, path, 'no BCN weights to freeze'
-        )
+        context.change(node, 'frozen_stages', none, path, 'no BCN weights to freeze')
     if not given:
         for key in ('init_cfg', 'pretrained'):
-            _review_checkpoint(
-                context, node, key, path, replaced, standardized
-            )
+            _review_checkpoint(context, node, key, path, replaced, standardized)
 
 
-def convert_checkpoints(
-    context: Context, cfg: Config, node: dict, path: str
-) -> None:
+def convert_checkpoints(context: Context, cfg: Config, node: dict, path: str) -> None:
     """Settle what a model starts from, beside its components' own.
 
     Args:

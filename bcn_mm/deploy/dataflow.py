@@ -17,19 +17,30 @@ from ..layers import BCN, WS_CONVS
 UNUSED = 'nothing passed through it'
 
 _CONVOLVE = {
-    getattr(torch, f'conv{kind}{n}d')
-    for kind in ('', '_transpose')
-    for n in (1, 2, 3)
+    getattr(torch, f'conv{kind}{n}d') for kind in ('', '_transpose') for n in (1, 2, 3)
 }
 # what may be asked of a tensor without using its values
 _METADATA = {
     *('size', 'dim', 'numel', 'stride', 'is_contiguous', 'get_device'),
     *('is_floating_point', 'is_complex', 'element_size', '__len__'),
-    *(f'{name}.__get__' for name in (
-        'shape', 'dtype', 'device', 'layout', 'ndim', 'is_cuda', 'is_sparse',
-        'requires_grad', 'is_leaf', 'grad_fn', 'names', 'is_quantized',
-    )),
-}  # fmt: skip
+    *(
+        f'{name}.__get__'
+        for name in (
+            'shape',
+            'dtype',
+            'device',
+            'layout',
+            'ndim',
+            'is_cuda',
+            'is_sparse',
+            'requires_grad',
+            'is_leaf',
+            'grad_fn',
+            'names',
+            'is_quantized',
+        )
+    ),
+}
 
 
 class _Call(NamedTuple):
@@ -152,9 +163,7 @@ class ConvTracer(TensorTracer):
         begin: Callable,
         end: Optional[Callable] = None,
     ) -> None:
-        self._handles.append(
-            module.register_forward_pre_hook(begin, with_kwargs=True)
-        )
+        self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
         if end:
             self._handles.append(module.register_forward_hook(end))
 
@@ -223,11 +232,7 @@ class ConvTracer(TensorTracer):
         output = func(*args, **kwargs)
         given = dict(zip(('input', 'weight', 'bias'), args)) | kwargs
         _, calls = self.convs[running].running
-        calls.append(
-            _Call(
-                given['input'], given['weight'], given.get('bias'), output
-            )
-        )
+        calls.append(_Call(given['input'], given['weight'], given.get('bias'), output))
         return output
 
 

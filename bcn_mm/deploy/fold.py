@@ -51,9 +51,7 @@ class AffineGroupNorm(nn.GroupNorm):
     """
 
     def __init__(self, norm: BCN) -> None:
-        super().__init__(
-            norm.num_groups, norm.num_channels, norm.eps, norm.affine
-        )
+        super().__init__(norm.num_groups, norm.num_channels, norm.eps, norm.affine)
         many = norm.num_levels > 1
         self._levels = LevelCounter(norm.num_levels) if many else None
         dtype = norm.running_mean.dtype
@@ -160,9 +158,7 @@ def fold(
     return model
 
 
-def plain_conv(
-    conv: nn.Module, weight: Tensor, bias: Optional[Tensor]
-) -> nn.Module:
+def plain_conv(conv: nn.Module, weight: Tensor, bias: Optional[Tensor]) -> nn.Module:
     """Make a plain convolution with the settings of another one.
 
     Args:
@@ -193,9 +189,7 @@ def plain_conv(
     return plain.eval()
 
 
-def _folded(
-    conv: nn.Module, weight: Optional[Tensor], norm: BCN
-) -> nn.Module:
+def _folded(conv: nn.Module, weight: Optional[Tensor], norm: BCN) -> nn.Module:
     """A convolution that does a norm's batch stage too."""
     scale, shift = _batch_stage(norm)
     own = conv.weight.detach() if weight is None else weight

@@ -160,9 +160,7 @@ def _exact_group_norms(model: nn.Module) -> Iterator[None]:
 
 
 def _exact_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    return group_norm_by_axes(
-        x, norm.num_groups, norm.weight, norm.bias, norm.eps
-    )
+    return group_norm_by_axes(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
 def _share_constants(graph) -> None:
@@ -221,9 +219,7 @@ def _tidy(graph, names: Dict[int, str]) -> None:
 
 
 @torch.no_grad()
-def onnx_difference(
-    path: str, model: nn.Module, batches: Iterable[Tensor]
-) -> float:
+def onnx_difference(path: str, model: nn.Module, batches: Iterable[Tensor]) -> float:
     """How far onnxruntime, on the CPU, is from PyTorch.
 
     Args:

@@ -44,9 +44,7 @@ def one_line_errors() -> Iterator[None]:
             text = f'{type(e).__name__}: {text}'
         # straight to the descriptor: loggers may hold the streams
         sys.stderr.flush()
-        print(
-            f'error: {text} (BCN_MM_TRACEBACK=1 shows where)', file=sys.stderr
-        )
+        print(f'error: {text} (BCN_MM_TRACEBACK=1 shows where)', file=sys.stderr)
         sys.exit(1)
 
 

@@ -200,7 +200,5 @@ def _keep_fsdp_on_cpu(strategy: dict) -> None:
         strategy.state_dict_cfg = dict(
             state_dict_type='FULL_STATE_DICT',
             state_dict_config=dict(type='FullStateDictConfig', **stay),
-            optim_state_dict_config=dict(
-                type='FullOptimStateDictConfig', **stay
-            ),
+            optim_state_dict_config=dict(type='FullOptimStateDictConfig', **stay),
         )

@@ -100,9 +100,7 @@ def _average(runner: Runner) -> None:
     for hook in runner.hooks:
         if isinstance(hook, EMAHook):
             models.append(hook.ema_model)
-            for copy, source in zip(
-                _layers(hook.ema_model), _layers(hook.src_model)
-            ):
+            for copy, source in zip(_layers(hook.ema_model), _layers(hook.src_model)):
                 copy.num_batches_tracked.copy_(source.num_batches_tracked)
     average_estimates(nn.ModuleList(models))
 

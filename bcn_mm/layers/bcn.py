@@ -148,9 +148,7 @@ class BCN(nn.GroupNorm):
         dtype=None,
     ) -> None:
         if num_features < 1:
-            raise ValueError(
-                f'num_features must be positive, but got {num_features}'
-            )
+            raise ValueError(f'num_features must be positive, but got {num_features}')
         if num_groups is None:
             num_groups = default_num_groups(num_features)
         check_num_groups(num_groups, num_features)
@@ -162,9 +160,7 @@ class BCN(nn.GroupNorm):
                 stacklevel=2,
             )
         if momentum is not None and not 0 <= momentum <= 1:
-            raise ValueError(
-                f'momentum must be in [0, 1] or None, but got {momentum}'
-            )
+            raise ValueError(f'momentum must be in [0, 1] or None, but got {momentum}')
         check_start(start)
         if not eps > 0:
             raise ValueError(f'eps must be positive, but got {eps}')
@@ -191,9 +187,7 @@ class BCN(nn.GroupNorm):
             )
         levels = () if num_levels == 1 else (num_levels,)
         for name in ('running_mean', 'running_var'):
-            self.register_buffer(
-                name, torch.empty(*levels, num_features, **factory)
-            )
+            self.register_buffer(name, torch.empty(*levels, num_features, **factory))
         self.register_buffer(
             'num_batches_tracked',
             torch.empty(levels, dtype=torch.long, device=device),
@@ -356,7 +350,5 @@ class BCN(nn.GroupNorm):
         name = prefix + 'num_batches_tracked'
         if name not in state_dict:
             device = state_dict[prefix + 'running_mean'].device
-            state_dict[name] = torch.zeros(
-                (), dtype=torch.long, device=device
-            )
+            state_dict[name] = torch.zeros((), dtype=torch.long, device=device)
         return layout

@@ -104,9 +104,7 @@ def _listen() -> None:
         _hooks.extend(
             (
                 _module.register_module_forward_pre_hook(_enter),
-                _module.register_module_forward_hook(
-                    _leave, always_call=True
-                ),
+                _module.register_module_forward_hook(_leave, always_call=True),
             )
         )
 
@@ -168,9 +166,7 @@ class LevelCounter:
         # what is recorded for other sizes goes by the number of calls alone
         size = 0 if exporting() else x.shape[2:].numel()
         sizes = _thread.current.sizes
-        sizes = (
-            self._sizes if sizes is None else sizes.setdefault(self, [])
-        )
+        sizes = self._sizes if sizes is None else sizes.setdefault(self, [])
         if len(sizes) == self.num_levels or (sizes and size > sizes[-1]):
             sizes.clear()
         sizes.append(size)

@@ -86,9 +86,7 @@ def _more_than_a_norm(norm: nn.Module) -> str:
 
 
 @torch.no_grad()
-def replace_norms(
-    module: nn.Module, norm_cfg: Optional[dict] = None
-) -> nn.Module:
+def replace_norms(module: nn.Module, norm_cfg: Optional[dict] = None) -> nn.Module:
     """Replace every BatchNorm, SyncBN and GroupNorm in a module by BCN.
 
     What a norm learnt is taken over as when its checkpoint is loaded: a
@@ -153,9 +151,7 @@ def replace_norms(
     return new.get(module, module)
 
 
-def _replacement(
-    norm: nn.Module, module: nn.Module, norm_cfg: dict
-) -> nn.Module:
+def _replacement(norm: nn.Module, module: nn.Module, norm_cfg: dict) -> nn.Module:
     """A BCN that takes the place of a norm in a module."""
     per_group = isinstance(norm, nn.GroupNorm)
     channels = norm.num_channels if per_group else norm.num_features
@@ -218,9 +214,7 @@ def take_hooks(layer: nn.Module, old: nn.Module) -> None:
 
 
 @MODELS.register_module()
-def WithBCN(
-    component: str, bcn_cfg: Optional[dict] = None, **kwargs
-) -> nn.Module:
+def WithBCN(component: str, bcn_cfg: Optional[dict] = None, **kwargs) -> nn.Module:
     """Build a component and replace the norms in it, of whatever origin.
 
     For components that build norms without asking their config. In a config,

@@ -42,9 +42,7 @@ class _WSConv:
         return self._conv_forward(input, self.standardized_weight(), self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f'{super().extra_repr()}, eps={self.eps}, dialect={self.dialect!r}'
-        )
+        return f'{super().extra_repr()}, eps={self.eps}, dialect={self.dialect!r}'
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

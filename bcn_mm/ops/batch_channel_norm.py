@@ -213,17 +213,13 @@ def _normalize(
         kernels = kernels_for(x)
         with torch.no_grad():
             moments = kernels.moments(x)
-            batch = batch_of(
-                moments, x.shape[2:].numel(), running, rule, group
-            )
+            batch = batch_of(moments, x.shape[2:].numel(), running, rule, group)
         if portable.transforming():
             return portable.differentiable(x, batch, affine, spec)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affine)
         ):
-            return _BatchChannelNorm.apply(
-                x, *affine, *moments, *batch, *spec, group
-            )
+            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, *spec, group)
         return kernels.normalize(x, moments, batch, affine, spec)
 
 
@@ -243,14 +239,34 @@ def _autocast_off(x: Tensor) -> ContextManager:
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x, batch_weight, batch_bias, weight, bias, mean, var, far,
-        batch_mean, inv_std, count, num_groups, eps, group,
-    ):  # fmt: skip
+        ctx,
+        x,
+        batch_weight,
+        batch_bias,
+        weight,
+        bias,
+        mean,
+        var,
+        far,
+        batch_mean,
+        inv_std,
+        count,
+        num_groups,
+        eps,
+        group,
+    ):
         is_tensor = isinstance(count, Tensor)
         ctx.save_for_backward(
-            x, mean, var, batch_mean, inv_std, batch_weight, batch_bias,
-            weight, count if is_tensor else None,
-        )  # fmt: skip
+            x,
+            mean,
+            var,
+            batch_mean,
+            inv_std,
+            batch_weight,
+            batch_bias,
+            weight,
+            count if is_tensor else None,
+        )
         ctx.far, ctx.count = far, None if is_tensor else count
         ctx.settings = num_groups, eps, group
         return kernels_for(x).normalize(

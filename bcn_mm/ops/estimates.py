@@ -41,9 +41,7 @@ class Rule(NamedTuple):
 def check_start(start: str) -> None:
     """Raise a ValueError unless ``start`` is one of :data:`STARTS`."""
     if start not in STARTS:
-        raise ValueError(
-            f'start must be one of {", ".join(STARTS)}, but got {start!r}'
-        )
+        raise ValueError(f'start must be one of {", ".join(STARTS)}, but got {start!r}')
 
 
 def batch_of(
@@ -141,9 +139,7 @@ def _statistics(
     """Mean and biased variance of this batch, (C), and of how many values."""
     mean, var, _ = moments
     if group is not None:
-        return _over_ranks(
-            mean, var, running.mean, length, rule.estimate, group
-        )
+        return _over_ranks(mean, var, running.mean, length, rule.estimate, group)
     batch_mean = _mean_of_samples(mean)
     about = mean - (running.mean if rule.estimate else batch_mean)
     if not rule.estimate and mean.shape[0] > 1:
@@ -164,9 +160,7 @@ def _at_least_one(count: Union[int, Tensor]) -> Union[int, Tensor]:
     return max(count, 1)
 
 
-def _move(
-    running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule
-) -> None:
+def _move(running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule) -> None:
     """Move the running statistics towards those of a batch.
 
     Channels whose statistics are not finite stay.
@@ -211,8 +205,7 @@ def _rate(
         return momentum, None
     if passes is None:
         raise ValueError(
-            f'momentum={momentum} with start={start!r} needs '
-            f'num_batches_tracked'
+            f'momentum={momentum} with start={start!r} needs num_batches_tracked'
         )
     if momentum is None:
         rate = passes.to(dtype).reciprocal()
@@ -258,6 +251,4 @@ def _over_ranks(
     count = sums[-1]
     first, second = sums[:-1].view(2, -1) / count
     batch_var = second if estimate else (second - first**2).clamp_min_(0)
-    return tuple(
-        t.to(mean.dtype) for t in (reference + first, batch_var, count)
-    )
+    return tuple(t.to(mean.dtype) for t in (reference + first, batch_var, count))

@@ -13,9 +13,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def to_dtype(dtype: torch.dtype, *tensors):
     """Tensors, or None, in a dtype; those that have it are not copied."""
-    return [
-        t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors
-    ]
+    return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
 
 def dense(x: Tensor) -> Tensor:

@@ -48,15 +48,11 @@ def evaluate(
         weight, bias = (
             t.view(-1, 1).expand_as(grouped).flatten() for t in (weight, bias)
         )
-    y = affine_group_norm(
-        z, spec.num_groups, scale, shift, weight, bias, spec.eps
-    )
+    y = affine_group_norm(z, spec.num_groups, scale, shift, weight, bias, spec.eps)
     return to_dtype(x.dtype, y)[0]
 
 
-def differentiable(
-    x: Tensor, batch: Batch, affine: Affine, spec: Spec
-) -> Tensor:
+def differentiable(x: Tensor, batch: Batch, affine: Affine, spec: Spec) -> Tensor:
     """Both stages, which ``torch.func`` differentiates as it likes.
 
     Raises:
@@ -82,9 +78,7 @@ def differentiable(
         t if t is None else t.repeat_interleave(x.shape[1] // spec.num_groups)
         for t in (affine.weight, affine.bias)
     )
-    y = affine_group_norm(
-        x, spec.num_groups, scale, shift, weight, bias, spec.eps
-    )
+    y = affine_group_norm(x, spec.num_groups, scale, shift, weight, bias, spec.eps)
     return y.to(given)
 
 
@@ -142,9 +136,7 @@ def affine_group_norm(
         Tensor: of the shape of ``x``.
     """
     if exporting():
-        return group_norm_by_axes(
-            x, num_groups, weight, bias, eps, scale, shift
-        )
+        return group_norm_by_axes(x, num_groups, weight, bias, eps, scale, shift)
     per_channel = (-1,) + (1,) * (x.dim() - 2)
     z = x * scale.view(per_channel) + shift.view(per_channel)
     # not F.group_norm, which refuses a single value per group
@@ -181,9 +173,7 @@ def group_norm_by_axes(
         Tensor: of the shape of ``x``.
     """
     given, dtype, channels = x.dtype, compute_dtype(x), _channels(x)
-    x, scale, shift, weight, bias = to_dtype(
-        dtype, x, scale, shift, weight, bias
-    )
+    x, scale, shift, weight, bias = to_dtype(dtype, x, scale, shift, weight, bias)
 
     def mean_of_rows(t):
         for axis in range(t.dim() - 1, 1, -1):

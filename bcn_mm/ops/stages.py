@@ -92,9 +92,7 @@ class InputGradient(NamedTuple):
     at_mean: Tensor
 
 
-def _stages(
-    moments: Moments, batch: Batch, affine: Affine, spec: Spec
-) -> Stages:
+def _stages(moments: Moments, batch: Batch, affine: Affine, spec: Spec) -> Stages:
     grouped = (moments.mean.shape[0], spec.num_groups, -1)
     factor, offset = batch.inv_std, moments.mean - batch.mean
     if affine.batch_weight is not None:

@@ -34,9 +34,7 @@ class _Standardize(torch.autograd.Function):
     def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
         unbiased, under_root = DIALECTS[dialect]
         axes, fan = tuple(range(1, weight.dim())), weight[0].numel()
-        var, mean = torch.var_mean(
-            weight, axes, correction=int(unbiased), keepdim=True
-        )
+        var, mean = torch.var_mean(weight, axes, correction=int(unbiased), keepdim=True)
         # the result is gain (w - mean), and slope / (fan - unbiased) is
         # -2 times the derivative of gain by the sum of (w - mean)^2
         if under_root:

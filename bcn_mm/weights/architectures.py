@@ -16,10 +16,18 @@ _BLOCKS = {
 }
 #: Architectures in the authors' layout, as ``--arch`` names them.
 ARCHS = (
-    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152',
-    'resnext50_32x4d', 'resnext101_32x4d', 'resnext152_32x4d',
-    'deeplabv3_resnet50', 'deeplabv3_resnet101', 'deeplabv3_resnet152',
-)  # fmt: skip
+    'resnet18',
+    'resnet34',
+    'resnet50',
+    'resnet101',
+    'resnet152',
+    'resnext50_32x4d',
+    'resnext101_32x4d',
+    'resnext152_32x4d',
+    'deeplabv3_resnet50',
+    'deeplabv3_resnet101',
+    'deeplabv3_resnet152',
+)
 
 
 class Layer(NamedTuple):
@@ -99,9 +107,7 @@ def layers_of(arch: str, state: State) -> Iterator[Layer]:
         yield Layer(f'aspp.aspp{i}_bn', 'norm', (256,))
     # 1x1; 3x3 where to_authors took it from mmseg
     last = state.get('aspp.conv2.weight')
-    kernel = (
-        (3, 3) if last is not None and last.shape[2:] == (3, 3) else (1, 1)
-    )
+    kernel = (3, 3) if last is not None and last.shape[2:] == (3, 3) else (1, 1)
     yield Layer('aspp.conv2', 'conv', (256, 1280, *kernel))
     yield Layer('aspp.bn2', 'norm', (256,))
     shape = (_classes(state, 'aspp.conv3.weight'), 256, 1, 1)
@@ -192,8 +198,7 @@ def groups_of(state: State) -> List[int]:
                 )
             if value.numel() % groups:
                 raise ValueError(
-                    f'{name}: {groups} groups do not divide '
-                    f'{value.numel()} channels'
+                    f'{name}: {groups} groups do not divide {value.numel()} channels'
                 )
             found.append(groups)
     return found
@@ -238,8 +243,7 @@ def check_architecture(state: State, arch: str, inner: str) -> None:
                 raise ValueError(f'{name} of {arch} is missing{also}')
         elif tuple(state[name].shape) != shape:
             raise ValueError(
-                f'{name} has shape {tuple(state[name].shape)}, in {arch} it '
-                f'is {shape}'
+                f'{name} has shape {tuple(state[name].shape)}, in {arch} it is {shape}'
             )
     if unknown:
         raise ValueError(f'{unknown[0]} is not of {arch}')

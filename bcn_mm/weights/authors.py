@@ -75,8 +75,7 @@ def _inner_of(state: State) -> str:
             tuple(f'.{inner}.running_mean' for inner in INNER)
         ):
             raise ValueError(
-                f"{name}: this is BatchNorm's layout, which a BCN model loads "
-                f'as it is'
+                f"{name}: this is BatchNorm's layout, which a BCN model loads as it is"
             )
     for name in state:
         if re.search(r'(bn|gn)\d*\.weight$', name):
@@ -85,12 +84,9 @@ def _inner_of(state: State) -> str:
                     f'{name.replace("weight", "pbn.running_mean")} is missing'
                 )
             raise ValueError(
-                f"{name}: this is GroupNorm's layout, which a BCN model loads "
-                f'as it is'
+                f"{name}: this is GroupNorm's layout, which a BCN model loads as it is"
             )
-    raise ValueError(
-        f"{next(iter(state))}: there are no norms of the authors'"
-    )
+    raise ValueError(f"{next(iter(state))}: there are no norms of the authors'")
 
 
 def _check_norm(state: State, prefix: str, inner: str) -> None:
@@ -193,14 +189,11 @@ def from_authors(
         result.setdefault(f'{norm}.num_batches_tracked', passes)
     if deeplab:
         notes += _join_branches(result, dialect)
-        result = OrderedDict(
-            (_to_mmseg(name), value) for name, value in result.items()
-        )
+        result = OrderedDict((_to_mmseg(name), value) for name, value in result.items())
         convs = [_to_mmseg(f'{name}.')[:-1] for name in convs]
     elif 'fc.weight' in result:
         notes.append(
-            'fc.weight and fc.bias kept: backbones report them as '
-            'unexpected keys'
+            'fc.weight and fc.bias kept: backbones report them as unexpected keys'
         )
     if len(groups) == 1 and groups != [32]:
         notes.append(f'build the model with num_groups={groups[0]}')
@@ -365,9 +358,7 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
                 continue
             theirs = _from_mmseg(theirs)
             if theirs is None:
-                raise ValueError(
-                    f"{name}: the authors' DeepLab has no such layer"
-                )
+                raise ValueError(f"{name}: the authors' DeepLab has no such layer")
             if theirs == 'aspp.conv2.weight' and value.shape[1:2] == (1280,):
                 value = _rotate(value, -1)
         result[theirs] = value

@@ -93,9 +93,7 @@ def _restoring_affine(
     return scale.sqrt().to(weight.dtype), b.mean(1).to(bias.dtype)
 
 
-def adopt_batch_norm(
-    state: State, prefix: str, groups: int, eps: float
-) -> None:
+def adopt_batch_norm(state: State, prefix: str, groups: int, eps: float) -> None:
     """Put BatchNorm's entries into the batch stage, in place.
 
     The channel stage becomes the identity for groups whose statistics are
@@ -126,9 +124,7 @@ def adopt_batch_norm(
     state[prefix + 'weight'], state[prefix + 'bias'] = pair
 
 
-def adopt_group_norm(
-    state: State, prefix: str, groups: int, eps: float
-) -> None:
+def adopt_group_norm(state: State, prefix: str, groups: int, eps: float) -> None:
     r"""Put GroupNorm's per-channel affine pair where it does least harm.
 
     BCN has no affine pair per channel behind its channel stage, so a GroupNorm

@@ -42,8 +42,7 @@ def read_checkpoint(path: str) -> dict:
         ) from e
     if not isinstance(checkpoint, dict):
         raise InputError(
-            f'checkpoint {path} holds no state dict but a '
-            f'{type(checkpoint).__name__}'
+            f'checkpoint {path} holds no state dict but a {type(checkpoint).__name__}'
         )
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
@@ -118,9 +117,7 @@ def check_values(state: State) -> None:
         if not isinstance(value, Tensor):
             raise ValueError(f'{name} is no tensor but {type(value).__name__}')
         check_finite(name, value)
-        if not value.is_floating_point() and not name.endswith(
-            'num_batches_tracked'
-        ):
+        if not value.is_floating_point() and not name.endswith('num_batches_tracked'):
             raise ValueError(f'{name} holds {value.dtype}, not real numbers')
         if name.endswith('running_var') and (value < 0).any():
             raise ValueError(f'{name} holds a negative variance')

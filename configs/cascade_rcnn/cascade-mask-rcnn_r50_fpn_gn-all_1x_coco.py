@@ -15,8 +15,7 @@ model = dict(
     neck=dict(conv_cfg=conv_cfg),
     roi_head=dict(
         bbox_head=[
-            dict(head, conv_cfg=conv_cfg)
-            for head in _base_.model.roi_head.bbox_head
+            dict(head, conv_cfg=conv_cfg) for head in _base_.model.roi_head.bbox_head
         ],
         mask_head=dict(conv_cfg=conv_cfg),
     ),

@@ -19,8 +19,6 @@ model = dict(
             dict(head, norm_cfg=norm_cfg, conv_cfg=conv_cfg)
             for head in _base_.model.roi_head.bbox_head
         ],
-        mask_head=dict(
-            norm_cfg=norm_cfg, conv_cfg=dict(conv_cfg, _delete_=True)
-        ),
+        mask_head=dict(norm_cfg=norm_cfg, conv_cfg=dict(conv_cfg, _delete_=True)),
     ),
 )

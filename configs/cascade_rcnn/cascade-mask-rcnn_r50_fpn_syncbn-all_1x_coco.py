@@ -6,8 +6,7 @@ model = dict(
     neck=dict(norm_cfg=norm_cfg),
     roi_head=dict(
         bbox_head=[
-            dict(head, norm_cfg=norm_cfg)
-            for head in _base_.model.roi_head.bbox_head
+            dict(head, norm_cfg=norm_cfg) for head in _base_.model.roi_head.bbox_head
         ],
         mask_head=dict(norm_cfg=norm_cfg),
     ),

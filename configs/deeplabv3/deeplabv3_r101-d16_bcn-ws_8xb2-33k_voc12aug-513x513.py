@@ -19,9 +19,7 @@ model = dict(
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
         # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(
-            type='Pretrained', checkpoint='checkpoints/rn101_bcn_ws_mm.pth'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn101_bcn_ws_mm.pth'),
     ),
     decode_head=dict(
         channels=256,

@@ -1,7 +1,5 @@
 # DeepLabV3+ with BCN and Weight Standardization throughout, one image per GPU.
-_base_ = (
-    'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024.py'
-)
+_base_ = 'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024.py'
 custom_imports = dict(imports=['bcn_mm'])
 custom_hooks = [dict(type='SyncEstimatesHook')]
 
@@ -16,9 +14,7 @@ model = dict(
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
         # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(
-            type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'),
     ),
     decode_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),

@@ -9,8 +9,6 @@ model = dict(
         init_cfg=dict(checkpoint='open-mmlab://jhu/resnet50_gn_ws'),
     ),
     # it has a layer of 48 channels
-    decode_head=dict(
-        norm_cfg=dict(norm_cfg, num_groups=16), conv_cfg=conv_cfg
-    ),
+    decode_head=dict(norm_cfg=dict(norm_cfg, num_groups=16), conv_cfg=conv_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
 )

@@ -14,9 +14,7 @@ model = dict(
         norm_eval=False,
         frozen_stages=-1,
         # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(
-            type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'),
     ),
     neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     roi_head=dict(

@@ -14,9 +14,7 @@ model = dict(
         norm_cfg=norm_cfg,
         conv_cfg=conv_cfg,
         # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(
-            type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'
-        ),
+        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'),
     ),
     decode_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     auxiliary_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),

@@ -14,9 +14,7 @@ loss_decode = dict(class_weight=[0.2, 1.0, 1.0, 1.0])
 model = dict(
     pretrained=None,
     data_preprocessor=dict(size_divisor=32),
-    backbone=dict(
-        depth=18, base_channels=32, norm_cfg=norm_cfg, conv_cfg=conv_cfg
-    ),
+    backbone=dict(depth=18, base_channels=32, norm_cfg=norm_cfg, conv_cfg=conv_cfg),
     decode_head=dict(
         in_channels=256,
         channels=64,

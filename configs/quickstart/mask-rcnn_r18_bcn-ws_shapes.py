@@ -28,9 +28,7 @@ model = dict(
     ),
     rpn_head=dict(in_channels=64, feat_channels=64),
     roi_head=dict(
-        bbox_roi_extractor=dict(
-            out_channels=64, roi_layer=dict(sampling_ratio=1)
-        ),
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(
             type='Shared4Conv1FCBBoxHead',
             in_channels=64,
@@ -40,9 +38,7 @@ model = dict(
             norm_cfg=norm_cfg,
             conv_cfg=conv_cfg,
         ),
-        mask_roi_extractor=dict(
-            out_channels=64, roi_layer=dict(sampling_ratio=1)
-        ),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(
             in_channels=64,
             conv_out_channels=64,
@@ -121,7 +117,5 @@ param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
     dict(type='MultiStepLR', by_epoch=True, milestones=[3], gamma=0.1),
 ]
-default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=100)
-)
+default_hooks = dict(checkpoint=dict(max_keep_ckpts=2), logger=dict(interval=100))
 randomness = dict(seed=0)

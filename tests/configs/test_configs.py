@@ -102,8 +102,13 @@ def test_builds_as_it_says(path):
         assert m.affine, name
     if '-all_' in path.stem:
         parts = {n.rsplit('.', 1)[0] for n in norms}
-        for part in ('backbone', 'neck', 'roi_head.bbox_head',
-                     'roi_head.mask_head', 'bbox_head'):  # fmt: skip
+        for part in (
+            'backbone',
+            'neck',
+            'roi_head.bbox_head',
+            'roi_head.mask_head',
+            'bbox_head',
+        ):
             try:
                 model.get_submodule(part)
             except AttributeError:
@@ -136,9 +141,7 @@ def check_start(path, said, model):
         return
     x50 = said.type == 'ResNeXt'
     name = f'{"rx" if x50 else "rn"}{said.depth}_bcn_ws_mm.pth'
-    assert said.init_cfg == dict(
-        type='Pretrained', checkpoint=f'checkpoints/{name}'
-    )
+    assert said.init_cfg == dict(type='Pretrained', checkpoint=f'checkpoints/{name}')
     with torch.device('meta'):
         more = dict(groups=32, base=4) if x50 else {}
         theirs = authors.Backbone(said.depth, **more)
@@ -153,9 +156,7 @@ def check_start(path, said, model):
             assert own.pop(f'{name}.batch_bias') == channels
         elif isinstance(m, authors.Conv):
             assert own.pop(f'{name}.weight') == m.weight.shape
-            assert backbone.get_submodule(name).stride == m.stride or dilated(
-                said
-            )
+            assert backbone.get_submodule(name).stride == m.stride or dilated(said)
     assert not own
 
 
@@ -179,8 +180,11 @@ def check_name(path, cfg):
     if size:
         size = tuple(map(int, size.groups()))
         assert tuple(cfg.model.data_preprocessor.size) == size
-        crops = [d.crop_size for d in dicts(cfg.train_dataloader)
-                 if d.get('type') == 'RandomCrop']  # fmt: skip
+        crops = [
+            d.crop_size
+            for d in dicts(cfg.train_dataloader)
+            if d.get('type') == 'RandomCrop'
+        ]
         assert crops and all(tuple(crop) == size for crop in crops)
 
 
@@ -223,9 +227,7 @@ def roots(real_data, tmp_path_factory):
         pictures = sorted((streets / 'leftImg8bit' / split).glob('*/*.png'))
         voc, names = made / 'voc', [f'{split}_{p.stem}' for p in pictures]
         for name, picture in zip(names, pictures):
-            labels = str(picture).replace(
-                '_leftImg8bit', '_gtFine_labelTrainIds'
-            )
+            labels = str(picture).replace('_leftImg8bit', '_gtFine_labelTrainIds')
             labels = Path(labels.replace('leftImg8bit', 'gtFine'))
             link(picture, voc / f'JPEGImages/{name}.jpg')
             for folder in ('SegmentationClass', 'SegmentationClassAug'):
@@ -347,9 +349,7 @@ def train(cfg):
 @pytest.mark.parametrize(
     'path',
     [
-        pytest.param(
-            p, id=p.stem, marks=[] if p.stem in QUICK else pytest.mark.slow
-        )
+        pytest.param(p, id=p.stem, marks=[] if p.stem in QUICK else pytest.mark.slow)
         for p in RECIPES
     ],
 )
@@ -388,14 +388,22 @@ def test_starts_from_the_authors_model(real_data, tmp_path, python):
     net = authors.randomize(authors.Backbone(50, classes=10))
     torch.save(dict(state_dict=net.state_dict()), tmp_path / 'theirs.pth')
     start = 'checkpoints/rn50_bcn_ws_mm.pth'
-    python(ROOT / 'tools/model_converters/authors_to_mm.py', 'theirs.pth',
-           start, cwd=tmp_path)  # fmt: skip
+    python(
+        ROOT / 'tools/model_converters/authors_to_mm.py',
+        'theirs.pth',
+        start,
+        cwd=tmp_path,
+    )
     want = torch.load(tmp_path / start)['state_dict']
 
     coco = real_data / 'coco'
     python(
-        ROOT / 'tools/train.py', ROOT / FULL['coco'], '--work-dir', 'out',
-        '--cfg-options', f'train_dataloader.dataset.data_root={coco}/',
+        ROOT / 'tools/train.py',
+        ROOT / FULL['coco'],
+        '--work-dir',
+        'out',
+        '--cfg-options',
+        f'train_dataloader.dataset.data_root={coco}/',
         f'val_dataloader.dataset.data_root={coco}/',
         f'val_evaluator.ann_file={coco}/annotations/instances_val2017.json',
         'train_dataloader.num_workers=0',
@@ -409,7 +417,7 @@ def test_starts_from_the_authors_model(real_data, tmp_path, python):
         'train_cfg.max_epochs=1',
         'model.backbone.frozen_stages=4',  # so that the step leaves it alone
         cwd=tmp_path,
-    )  # fmt: skip
+    )
     (checkpoint,) = (tmp_path / 'out').glob('*.pth')
     got = torch.load(checkpoint)['state_dict']
     own = {k[9:]: v for k, v in got.items() if k.startswith('backbone.')}
@@ -460,9 +468,7 @@ def test_backbone_from_imagenet(roots, tmp_path):
 def test_model_index():
     """mim finds every recipe, once."""
     listed, names = [], set()
-    for metafile in yaml.safe_load((ROOT / 'model-index.yml').open())[
-        'Import'
-    ]:
+    for metafile in yaml.safe_load((ROOT / 'model-index.yml').open())['Import']:
         content = yaml.safe_load((ROOT / metafile).open())
         collections = {c['Name'] for c in content['Collections']}
         for c in content['Collections']:
@@ -528,19 +534,31 @@ def test_trains_at_its_own_scale(data, real_data, tmp_path, python):
             'train_dataloader.dataset.filter_cfg.filter_empty_gt=False',
             'model.test_cfg.rcnn.score_thr=0',
         ]
-        more = ['train_cfg.max_epochs=2', 'train_cfg.val_interval=3',
-                'train_dataloader.dataset.indices=1']  # fmt: skip
+        more = [
+            'train_cfg.max_epochs=2',
+            'train_cfg.val_interval=3',
+            'train_dataloader.dataset.indices=1',
+        ]
     else:
         quiet += [
             f'train_cfg.max_iters={steps}',
             f'train_cfg.val_interval={steps}',
             f'default_hooks.checkpoint.interval={steps}',
         ]
-        more = [f'train_cfg.max_iters={steps + 1}',
-                f'train_cfg.val_interval={steps + 5}',
-                f'default_hooks.checkpoint.interval={steps + 5}']  # fmt: skip
-    python('tools/train.py', config, '--work-dir', tmp_path, '--cfg-options',
-           *quiet, timeout=1100)  # fmt: skip
+        more = [
+            f'train_cfg.max_iters={steps + 1}',
+            f'train_cfg.val_interval={steps + 5}',
+            f'default_hooks.checkpoint.interval={steps + 5}',
+        ]
+    python(
+        'tools/train.py',
+        config,
+        '--work-dir',
+        tmp_path,
+        '--cfg-options',
+        *quiet,
+        timeout=1100,
+    )
     rows = scalars(tmp_path)
     losses = [row['loss'] for row in rows if 'loss' in row]
     assert len(losses) == steps
@@ -556,17 +574,32 @@ def test_trains_at_its_own_scale(data, real_data, tmp_path, python):
             assert torch.isfinite(value).all(), name
     key = dict(coco='coco/bbox_mAP', cityscapes='mIoU')[data]
     (validated,) = (row[key] for row in rows if key in row)
-    python('tools/test.py', config, checkpoint, '--work-dir',
-           tmp_path / 'test', '--cfg-options', *quiet,
-           timeout=1100)  # fmt: skip
-    (file,) = (tmp_path / 'test').glob('*/2*.json')
-    assert json.loads(file.read_text())[key] == pytest.approx(
-        validated, abs=1e-3
+    python(
+        'tools/test.py',
+        config,
+        checkpoint,
+        '--work-dir',
+        tmp_path / 'test',
+        '--cfg-options',
+        *quiet,
+        timeout=1100,
     )
+    (file,) = (tmp_path / 'test').glob('*/2*.json')
+    assert json.loads(file.read_text())[key] == pytest.approx(validated, abs=1e-3)
     resumed = dumping(config, tmp_path)
-    python('tools/train.py', resumed, '--work-dir', tmp_path / 'more',
-           '--resume', checkpoint, '--cfg-options', *quiet, *more,
-           timeout=1100, PYTHONPATH=str(ROOT / 'tests'))  # fmt: skip
+    python(
+        'tools/train.py',
+        resumed,
+        '--work-dir',
+        tmp_path / 'more',
+        '--resume',
+        checkpoint,
+        '--cfg-options',
+        *quiet,
+        *more,
+        timeout=1100,
+        PYTHONPATH=str(ROOT / 'tests'),
+    )
     check_dump(tmp_path, checkpoint, steps)
     print(f'{data}: losses {losses}, {key} {validated}')
 

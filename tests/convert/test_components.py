@@ -15,8 +15,7 @@ EPS = {
     'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py',
     'mmdet::rtmdet/rtmdet-ins_tiny_8xb32-300e_coco.py',
     'mmdet::efficientnet/retinanet_effb3_fpn_8xb4-crop896-1x_coco.py',
-    'mmseg::mobilenet_v3/'
-    'mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py',
+    'mmseg::mobilenet_v3/mobilenet-v3-d8_lraspp_4xb4-320k_cityscapes-512x1024.py',
 }
 
 
@@ -34,9 +33,8 @@ def test_eps_is_that_of_the_stock_model(source):
 
 @pytest.mark.parametrize('eps', [1e-3, 1e-5, 2e-4])
 @pytest.mark.parametrize(
-    'norm', [dict(type='BN'), dict(type='SyncBN'),
-             dict(type='GN', num_groups=16)]
-)  # fmt: skip
+    'norm', [dict(type='BN'), dict(type='SyncBN'), dict(type='GN', num_groups=16)]
+)
 def test_eps_and_affine_that_a_config_gives(norm, eps):
     def convert(**more):
         cfg = read_config(RETINA)
@@ -104,9 +102,11 @@ class Mixed(torch.nn.Module):
     def __init__(self, norm_cfg=None):
         super().__init__()
         self.stem = torch.nn.Sequential(
-            torch.nn.Conv2d(3, 8, 3), NormAct(8), torch.nn.BatchNorm2d(8),
+            torch.nn.Conv2d(3, 8, 3),
             NormAct(8),
-        )  # fmt: skip
+            torch.nn.BatchNorm2d(8),
+            NormAct(8),
+        )
 
     def forward(self, x):
         return (self.stem(x),)

@@ -82,9 +82,7 @@ def test_only(only):
 
 
 def test_norm_cfg():
-    cfg = to_bcn(
-        read_config(RETINA), norm_cfg=dict(type='SyncBCN', num_groups=16)
-    )
+    cfg = to_bcn(read_config(RETINA), norm_cfg=dict(type='SyncBCN', num_groups=16))
     layers = [m for m in model_of(cfg).modules() if isinstance(m, BCN)]
     assert layers and all(m.sync and m.num_groups == 16 for m in layers)
 
@@ -145,9 +143,7 @@ BACKBONES = {
     'EfficientNet': lambda: dict(type='EfficientNet', arch='b0'),
     'RegNet': lambda: dict(type='RegNet', arch='regnetx_3.2gf'),
     'Res2Net': lambda: dict(type='Res2Net', depth=50, scales=4, base_width=26),
-    'ShuffleNetV2': lambda: dict(
-        type='mmpretrain.ShuffleNetV2', widen_factor=0.5
-    ),
+    'ShuffleNetV2': lambda: dict(type='mmpretrain.ShuffleNetV2', widen_factor=0.5),
 }
 
 

@@ -9,9 +9,7 @@ def test_batch_size():
     cfg = to_bcn(read_config(RETINA), batch_size=1)
     stock = read_config(RETINA)
     assert cfg.train_dataloader.batch_size == 1
-    assert (
-        cfg.optim_wrapper.optimizer.lr == stock.optim_wrapper.optimizer.lr / 2
-    )
+    assert cfg.optim_wrapper.optimizer.lr == stock.optim_wrapper.optimizer.lr / 2
     assert cfg.auto_scale_lr.base_batch_size == 8
     assert to_bcn(cfg, batch_size=1).to_dict() == cfg.to_dict()
     back = to_bcn(cfg, batch_size=2)

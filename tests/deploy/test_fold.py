@@ -114,14 +114,22 @@ def test_components():
     put in by WithBCN."""
     x = [torch.randn(1, 32, s, s + 3).double() for s in (24, 12, 6)]
     head = dict(
-        type='mmdet.FCOSHead', num_classes=3, in_channels=32,
-        feat_channels=32, stacked_convs=2, strides=(8, 16, 32),
-    )  # fmt: skip
+        type='mmdet.FCOSHead',
+        num_classes=3,
+        in_channels=32,
+        feat_channels=32,
+        stacked_convs=2,
+        strides=(8, 16, 32),
+    )
     encoder = dict(
-        type='WithBCN', component='mmdet.DilatedEncoder', in_channels=32,
-        out_channels=32, block_mid_channels=16, num_residual_blocks=2,
+        type='WithBCN',
+        component='mmdet.DilatedEncoder',
+        in_channels=32,
+        out_channels=32,
+        block_mid_channels=16,
+        num_residual_blocks=2,
         block_dilations=[2, 4],
-    )  # fmt: skip
+    )
     cases = [
         (dict(head, norm_cfg=dict(type='BCN')), (x,), 4, 4),
         (dict(head, norm_cfg=dict(type='BCN', num_levels=3)), (x,), 0, 4),

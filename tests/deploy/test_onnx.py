@@ -172,8 +172,6 @@ def test_torch_export(kind, real_data):
     two = torch.cat((pictures[0], pictures[0].flip(3)))
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
-        exported = torch.export.export(
-            model, (two,), dynamic_shapes=(sizes,)
-        ).module()
+        exported = torch.export.export(model, (two,), dynamic_shapes=(sizes,)).module()
         for x in pictures:
             assert largest_difference(exported(x), model(x)) < 1e-4

@@ -91,8 +91,7 @@ def batches(rank, steps):
     generator = torch.Generator().manual_seed(1000 * rank)
     return [
         dict(
-            inputs=torch.randn(1 + rank, 3, 6, 6, generator=generator)
-            * (1 + 2 * rank)
+            inputs=torch.randn(1 + rank, 3, 6, 6, generator=generator) * (1 + 2 * rank)
             + rank
         )
         for _ in range(steps)
@@ -140,9 +139,7 @@ EMAS = {
     'late': dict(momentum=0.2, update_buffers=True, priority=75),
     'begun later': dict(momentum=0.4, update_buffers=True, begin_iter=4),
     'every second': dict(momentum=0.4, update_buffers=True, interval=2),
-    'mean of buffers': dict(
-        ema_type='StochasticWeightAverage', update_buffers=True
-    ),
+    'mean of buffers': dict(ema_type='StochasticWeightAverage', update_buffers=True),
 }
 CASES = list(itertools.product(LOOPS, EMAS, (True, False), (True, False)))
 
@@ -208,9 +205,7 @@ def run_case(rank, folder, *case):
 
 
 def run_all(rank, world, folder):
-    return [
-        run_case(rank, f'{folder}/{i}', *case) for i, case in enumerate(CASES)
-    ]
+    return [run_case(rank, f'{folder}/{i}', *case) for i, case in enumerate(CASES)]
 
 
 @pytest.fixture(scope='module')
@@ -230,8 +225,7 @@ def mixture(states, passes):
         layer, _, what = name.rpartition('.')
         n = torch.stack([p[f'{layer}.num_batches_tracked'] for p in passes])
         mean, var = (
-            torch.stack([s[f'{layer}.{k}'] for s in states])
-            for k in ESTIMATES[:2]
+            torch.stack([s[f'{layer}.{k}'] for s in states]) for k in ESTIMATES[:2]
         )
         weights = (n / n.sum()).view(-1, 1)
         centre = (weights * mean).sum(0)
@@ -274,9 +268,7 @@ class Expected:
             return source
         if steps % self.ema['interval']:
             return copy
-        rate = self.ema.get(
-            'momentum', 1 / (steps // self.ema['interval'] + 1)
-        )
+        rate = self.ema.get('momentum', 1 / (steps // self.ema['interval'] + 1))
         return {
             k: v if k.endswith('tracked') else v + rate * (source[k] - v)
             for k, v in copy.items()
@@ -295,9 +287,7 @@ class Expected:
             sources = [double(s) for s in sources]
             saves, *others = self.events(t)
             if self.late and saves:
-                sources, copies = self.average(
-                    sources, sources if t == 1 else copies
-                )
+                sources, copies = self.average(sources, sources if t == 1 else copies)
             updates = self.updates
             for i, source in enumerate(sources):
                 self.updates = updates
@@ -345,9 +335,7 @@ def test_saved_and_validated_are_the_averages(runs, loop, ema, by_epoch, last):
     assert sum(name.startswith('best_score') for name in files) == 1
     assert by_epoch or {'iter_2.pth', 'iter_4.pth', 'iter_6.pth'} < set(files)
     if last:
-        assert END[loop] in [
-            t for name, (t, *_) in files.items() if name[:4] != 'best'
-        ]
+        assert END[loop] in [t for name, (t, *_) in files.items() if name[:4] != 'best']
     for t, state, other in files.values():
         sources, copies = states[t - 1]
         if EMAS[ema] is None:
@@ -366,9 +354,7 @@ def run_resumed(rank, world, folder):
         parts = f'{folder}/{i}/parts'
         work(rank, parts, *case, steps=4)
         dist.barrier()
-        resumed = work(
-            rank, parts, *case, load_from=f'{parts}/iter_4.pth', resume=True
-        )
+        resumed = work(rank, parts, *case, load_from=f'{parts}/iter_4.pth', resume=True)
         results.append((whole, resumed))
     return results
 

@@ -45,8 +45,9 @@ def randomize(layer):
     with torch.no_grad():
         for name, p in layer.state_dict().items():
             if p.is_floating_point():
-                p.copy_(torch.rand_like(p) + 0.5 if 'var' in name
-                        else torch.randn_like(p))  # fmt: skip
+                p.copy_(
+                    torch.rand_like(p) + 0.5 if 'var' in name else torch.randn_like(p)
+                )
             else:
                 p.fill_(7)
     return layer
@@ -55,10 +56,13 @@ def randomize(layer):
 def resnet(depth=18, **kwargs):
     return MMDET.build(
         dict(
-            type='mmdet.ResNet', depth=depth, base_channels=8, norm_cfg=NORM,
+            type='mmdet.ResNet',
+            depth=depth,
+            base_channels=8,
+            norm_cfg=NORM,
             **kwargs,
         )
-    )  # fmt: skip
+    )
 
 
 # -- the layer ---------------------------------------------------------------
@@ -72,9 +76,18 @@ def test_layer_is_the_op_with_its_state(estimate):
         layer.train(training)
         x = torch.randn(2, 6, 4, 4, dtype=torch.double)
         want, mean, var = reference.bcn(
-            x, 2, mean, var, layer.batch_weight, layer.batch_bias,
-            layer.weight, layer.bias, training, estimate, 0.3,
-        )  # fmt: skip
+            x,
+            2,
+            mean,
+            var,
+            layer.batch_weight,
+            layer.batch_bias,
+            layer.weight,
+            layer.bias,
+            training,
+            estimate,
+            0.3,
+        )
         torch.testing.assert_close(layer(x), want)
         torch.testing.assert_close(layer.running_mean, mean)
         torch.testing.assert_close(layer.running_var, var)
@@ -317,20 +330,22 @@ def test_activation_checkpointing(estimate, reentrant, calls):
     every level a checkpoint of its own.
     """
     layers = nn.Sequential(
-        nn.Conv2d(4, 8, 3), BCN(8, 2, estimate=estimate, momentum=0.5),
-        nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3),
+        nn.Conv2d(4, 8, 3),
+        BCN(8, 2, estimate=estimate, momentum=0.5),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(8, 8, 3),
         BCN(8, 4, estimate=estimate, momentum=0.5),
-    ).double()  # fmt: skip
+    ).double()
     inputs = [
-        torch.randn(1, 4, 9 + i, 9, dtype=torch.double) * 2**i + i
-        for i in range(calls)
+        torch.randn(1, 4, 9 + i, 9, dtype=torch.double) * 2**i + i for i in range(calls)
     ]
     plain = forward_backward(layers, inputs, lambda f, x: f(x))
     inputs = [x.requires_grad_() for x in inputs]
     recomputed = forward_backward(
-        layers, inputs,
+        layers,
+        inputs,
         lambda f, x: checkpoint(f, x, use_reentrant=reentrant),
-    )  # fmt: skip
+    )
     for want, got in zip(plain, recomputed):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -383,9 +398,7 @@ def run_blocks(net, passes, wrap):
 @MODES
 @REENTRANT
 @pytest.mark.parametrize('seed', range(20))
-def test_recomputation_sees_the_pass_that_it_repeats(
-    estimate, reentrant, seed
-):
+def test_recomputation_sees_the_pass_that_it_repeats(estimate, reentrant, seed):
     """Whatever came before: equal inputs, passes without a finite mean, more
     than any number of calls, other layers, another mode, nesting."""
     draw = random.Random(seed)
@@ -400,10 +413,7 @@ def test_recomputation_sees_the_pass_that_it_repeats(
         passes.append(
             (
                 [draw.choice(pool).clone() for _ in range(count)],
-                [
-                    (draw.randint(0, 1), draw.random() < 0.5)
-                    for _ in range(count)
-                ],
+                [(draw.randint(0, 1), draw.random() < 0.5) for _ in range(count)],
                 draw.random() < 0.5,
                 draw.choice([None, 'eval', 'again']),
             )
@@ -523,9 +533,12 @@ def test_recomputation_by_others(estimate):
 def test_checkpointing_what_is_compiled(estimate, reentrant, calls):
     """Exact in every step; the other way around is refused, or exact."""
     net = nn.Sequential(
-        nn.Conv2d(4, 8, 3), BCN(8, 2, momentum=0.5, estimate=estimate),
-        nn.ReLU(), nn.Conv2d(8, 8, 3), BCN(8, momentum=0.5),
-    ).double()  # fmt: skip
+        nn.Conv2d(4, 8, 3),
+        BCN(8, 2, momentum=0.5, estimate=estimate),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        BCN(8, momentum=0.5),
+    ).double()
     compiled = copy.deepcopy(net)
     run = torch.compile(compiled)
     for _ in range(3):
@@ -541,9 +554,7 @@ def test_checkpointing_what_is_compiled(estimate, reentrant, calls):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(estimates(net), estimates(compiled))
     before = estimates(net), estimates(compiled)
-    around = torch.compile(
-        lambda x: checkpoint(compiled, x, use_reentrant=reentrant)
-    )
+    around = torch.compile(lambda x: checkpoint(compiled, x, use_reentrant=reentrant))
     try:
         around(inputs[0]).pow(3).sum().backward()
     except Exception as e:
@@ -565,18 +576,23 @@ def test_with_cp_of_a_backbone(estimate):
         torch.manual_seed(1)
         net = MMDET.build(
             dict(
-                type='mmdet.ResNet', depth=18, base_channels=8,
-                norm_cfg=dict(NORM, estimate=estimate), with_cp=with_cp,
+                type='mmdet.ResNet',
+                depth=18,
+                base_channels=8,
+                norm_cfg=dict(NORM, estimate=estimate),
+                with_cp=with_cp,
                 norm_eval=False,
             )
-        )  # fmt: skip
+        )
         net.double().train()
         x = torch.randn(1, 3, 64, 64, dtype=torch.double, requires_grad=True)
         sum(y.square().sum() for y in net(x)).backward()
-        states.append((estimates(net), {
-            n: p.grad for n, p in net.named_parameters()
-            if p.grad is not None
-        }))  # fmt: skip
+        states.append(
+            (
+                estimates(net),
+                {n: p.grad for n, p in net.named_parameters() if p.grad is not None},
+            )
+        )
     torch.testing.assert_close(*states)
 
 
@@ -630,9 +646,7 @@ def test_construction_errors_and_warnings():
             BCN(**{'num_features': 8, **bad})
     for groups in (2.0, '2', None, [2]):
         with pytest.raises(TypeError, match='num_groups must be an integer'):
-            batch_channel_norm(
-                torch.zeros(1, 8), groups, torch.zeros(8), torch.ones(8)
-            )
+            batch_channel_norm(torch.zeros(1, 8), groups, torch.zeros(8), torch.ones(8))
     with pytest.raises(TypeError, match='num_groups must be an integer.*2.0'):
         BCN(8, 2.0)
     assert BCN(8, np.int64(2))(torch.zeros(1, 8)).shape == (1, 8)
@@ -687,9 +701,7 @@ def test_torch_func(estimate, training):
         return torch.func.functional_call(layer, state, x).pow(3).sum()
 
     buffers = {k: v.clone() for k, v in layer.named_buffers()}
-    got = torch.func.grad(loss, (0, 2))(
-        dict(layer.named_parameters()), buffers, x
-    )
+    got = torch.func.grad(loss, (0, 2))(dict(layer.named_parameters()), buffers, x)
     leaf = x.clone().requires_grad_()
     twin(leaf).pow(3).sum().backward()
     torch.testing.assert_close(got[1], leaf.grad)
@@ -707,9 +719,14 @@ def test_defaults():
     assert layer.num_features == layer.num_channels == 256
     shapes = {k: tuple(v.shape) for k, v in layer.state_dict().items()}
     assert shapes == dict(
-        weight=(32,), bias=(32,), batch_weight=(256,), batch_bias=(256,),
-        running_mean=(256,), running_var=(256,), num_batches_tracked=(),
-    )  # fmt: skip
+        weight=(32,),
+        bias=(32,),
+        batch_weight=(256,),
+        batch_bias=(256,),
+        running_mean=(256,),
+        running_var=(256,),
+        num_batches_tracked=(),
+    )
     assert '256, num_groups=32' in repr(layer)
     assert not list(BCN(8, affine=False).parameters())
     BCN(8, affine=False)(torch.randn(1, 8, 2, 2))
@@ -727,8 +744,7 @@ def test_registered_for_every_scope(scope):
 def test_no_batch_norm_to_norm_eval_and_to_sync_bn():
     """A stock config has norm_eval=True; estimates must move all the same."""
     net = resnet(frozen_stages=1)
-    before = {n: estimates(m) for n, m in net.named_modules()
-              if isinstance(m, BCN)}  # fmt: skip
+    before = {n: estimates(m) for n, m in net.named_modules() if isinstance(m, BCN)}
     net.train()
     assert net.norm_eval
     net(torch.randn(1, 3, 64, 64))
@@ -899,9 +915,7 @@ def test_anything_else_is_a_mismatch(source, message):
         BCN(64).load_state_dict(source.state_dict())
 
 
-@pytest.mark.parametrize(
-    'source', [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)]
-)
+@pytest.mark.parametrize('source', [nn.BatchNorm2d, lambda c: nn.GroupNorm(2, c)])
 @pytest.mark.parametrize('levels', [1, 3])
 def test_a_foreign_state_that_is_assigned(source, levels):
     """All of a layer ends on the state's device, in memory of its own."""

@@ -34,9 +34,13 @@ def separate(layer):
     """A plain BCN per level, with the affine parameters of ``layer``."""
     layers = []
     for _ in range(layer.num_levels):
-        one = BCN(layer.num_features, layer.num_groups, eps=layer.eps,
-                  momentum=layer.momentum,
-                  estimate=layer.estimate).to(layer.weight)  # fmt: skip
+        one = BCN(
+            layer.num_features,
+            layer.num_groups,
+            eps=layer.eps,
+            momentum=layer.momentum,
+            estimate=layer.estimate,
+        ).to(layer.weight)
         for name, p in layer.named_parameters():
             setattr(one, name, p)
         layers.append(one)
@@ -60,17 +64,13 @@ def assert_equal_estimates(layer, layers):
 @pytest.mark.parametrize('estimate', [True, False])
 @given(
     sizes=st.lists(
-        st.tuples(*[st.integers(1, 9)] * 5).map(
-            lambda s: sorted(s, reverse=True)
-        ),
+        st.tuples(*[st.integers(1, 9)] * 5).map(lambda s: sorted(s, reverse=True)),
         min_size=3,
         max_size=3,
     ),
     momentum=st.sampled_from([0.3, None]),
 )
-def test_is_one_layer_per_level_with_shared_parameters(
-    estimate, sizes, momentum
-):
+def test_is_one_layer_per_level_with_shared_parameters(estimate, sizes, momentum):
     layer = shared(estimate=estimate, momentum=momentum)
     layers = separate(layer)
     for step in sizes:
@@ -164,9 +164,7 @@ class Head(nn.Module):
     estimate=st.booleans(),
     training=st.booleans(),
 )
-def test_a_pass_begins_with_the_outermost_module(
-    passes, wrapped, estimate, training
-):
+def test_a_pass_begins_with_the_outermost_module(passes, wrapped, estimate, training):
     """Whatever came before it, of whatever sizes, and however many levels."""
     layer = shared(estimate=estimate)
     layers = separate(layer)
@@ -218,9 +216,7 @@ def test_passes_of_several_threads_at_once():
     with ThreadPoolExecutor(2) as threads:
         got = list(threads.map(head, inputs))
     layers = [one.eval() for one in separate(layer)]
-    for one, mean, var in zip(
-        layers, layer.running_mean, layer.running_var
-    ):
+    for one, mean, var in zip(layers, layer.running_mean, layer.running_var):
         one.running_mean.copy_(mean)
         one.running_var.copy_(var)
     for outs, x in zip(got, inputs):
@@ -407,36 +403,53 @@ def retinanet(num_levels):
                 type='DetDataPreprocessor', mean=[128] * 3, std=[50] * 3
             ),
             backbone=dict(
-                type='ResNet', depth=18, base_channels=16, norm_cfg=norm,
+                type='ResNet',
+                depth=18,
+                base_channels=16,
+                norm_cfg=norm,
                 norm_eval=False,
             ),
             neck=dict(
-                type='FPN', in_channels=[16, 32, 64, 128], out_channels=16,
-                start_level=1, add_extra_convs='on_input', num_outs=5,
+                type='FPN',
+                in_channels=[16, 32, 64, 128],
+                out_channels=16,
+                start_level=1,
+                add_extra_convs='on_input',
+                num_outs=5,
                 norm_cfg=norm,
             ),
             bbox_head=dict(
-                type='RetinaHead', num_classes=4, in_channels=16,
-                stacked_convs=2, feat_channels=16,
+                type='RetinaHead',
+                num_classes=4,
+                in_channels=16,
+                stacked_convs=2,
+                feat_channels=16,
                 norm_cfg=dict(norm, num_levels=num_levels),
                 anchor_generator=dict(
-                    type='AnchorGenerator', octave_base_scale=4,
-                    scales_per_octave=1, ratios=[1.0],
+                    type='AnchorGenerator',
+                    octave_base_scale=4,
+                    scales_per_octave=1,
+                    ratios=[1.0],
                     strides=[8, 16, 32, 64, 128],
                 ),
                 bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
             ),
             train_cfg=dict(
                 assigner=dict(
-                    type='MaxIoUAssigner', pos_iou_thr=0.5, neg_iou_thr=0.4,
-                    min_pos_iou=0, ignore_iof_thr=-1,
+                    type='MaxIoUAssigner',
+                    pos_iou_thr=0.5,
+                    neg_iou_thr=0.4,
+                    min_pos_iou=0,
+                    ignore_iof_thr=-1,
                 ),
                 sampler=dict(type='PseudoSampler'),
-                allowed_border=-1, pos_weight=-1, debug=False,
+                allowed_border=-1,
+                pos_weight=-1,
+                debug=False,
             ),
             test_cfg=dict(),
         )
-    )  # fmt: skip
+    )
 
 
 def gap_between_training_and_evaluation(num_levels):
@@ -459,8 +472,7 @@ def gap_between_training_and_evaluation(num_levels):
             features = model.train().extract_feat(data['inputs'])
             outs.append(model.bbox_head.train(mode)(features)[0])
     return max(
-        float((a - b).abs().max() / a.std().clamp_min(1e-3))
-        for a, b in zip(*outs)
+        float((a - b).abs().max() / a.std().clamp_min(1e-3)) for a, b in zip(*outs)
     )
 
 

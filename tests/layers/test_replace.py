@@ -71,9 +71,13 @@ def test_takes_over_what_batch_norm_learnt():
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 def test_with_bcn_builds_the_component(device):
     cfg = dict(
-        type='DilatedEncoder', in_channels=16, out_channels=16,
-        block_mid_channels=8, num_residual_blocks=2, block_dilations=[2, 4],
-    )  # fmt: skip
+        type='DilatedEncoder',
+        in_channels=16,
+        out_channels=16,
+        block_mid_channels=8,
+        num_residual_blocks=2,
+        block_dilations=[2, 4],
+    )
     with torch.device(device), DefaultScope.overwrite_default_scope('mmdet'):
         stock = MODELS.build(cfg)
         cfg.update(type='WithBCN', component=cfg['type'])
@@ -124,9 +128,15 @@ def random_tree(choose, pool, depth=0):
 def test_all_names_of_a_norm_are_those_of_one_layer(seed):
     choose = random.Random(seed)
     pool = [
-        nn.BatchNorm2d(8), nn.BatchNorm1d(4), nn.GroupNorm(2, 8), nn.ReLU(),
-        nn.LayerNorm(8), nn.BatchNorm2d(8), nn.Identity(), None,
-    ]  # fmt: skip
+        nn.BatchNorm2d(8),
+        nn.BatchNorm1d(4),
+        nn.GroupNorm(2, 8),
+        nn.ReLU(),
+        nn.LayerNorm(8),
+        nn.BatchNorm2d(8),
+        nn.Identity(),
+        None,
+    ]
     tree = random_tree(choose, pool)
     before = dict(tree.named_modules(remove_duplicate=False))
     replace_norms(tree)
@@ -223,8 +233,11 @@ def test_device_and_dtype(device, dtype):
     block = Block().to(device, dtype)
     block.bare = nn.BatchNorm2d(8, affine=False, track_running_stats=False)
     replace_norms(block)
-    kinds = {k: (t.device.type, t.dtype) for k, t in block.state_dict().items()
-             if not k.endswith('num_batches_tracked')}  # fmt: skip
+    kinds = {
+        k: (t.device.type, t.dtype)
+        for k, t in block.state_dict().items()
+        if not k.endswith('num_batches_tracked')
+    }
     assert set(kinds.values()) == {(device, dtype)}, kinds
     assert isinstance(block.bare, BCN)
     if device == 'cpu':
@@ -306,9 +319,7 @@ def test_hooks_come_along():
         norm.register_forward_hook(
             lambda m, x, k, y: seen.append((m, 'forward')), with_kwargs=True
         ),
-        norm.register_full_backward_hook(
-            lambda m, *_: seen.append((m, 'backward'))
-        ),
+        norm.register_full_backward_hook(lambda m, *_: seen.append((m, 'backward'))),
     ]
     layer = replace_norms(nn.Sequential(norm))[0]
     x = torch.randn(2, 8, 3, 3, requires_grad=True)
@@ -386,10 +397,13 @@ MORE = [
 @pytest.mark.parametrize('make', MORE)
 def test_norms_that_do_more_stay_and_are_named(make):
     norm = make(8)
-    block = nn.ModuleDict(dict(
-        stem=nn.Sequential(nn.Conv2d(3, 8, 1), norm),
-        other=make(8), more=nn.BatchNorm2d(8),
-    ))  # fmt: skip
+    block = nn.ModuleDict(
+        dict(
+            stem=nn.Sequential(nn.Conv2d(3, 8, 1), norm),
+            other=make(8),
+            more=nn.BatchNorm2d(8),
+        )
+    )
     before = block.state_dict()
     with pytest.warns(UserWarning) as said:
         replace_norms(block)

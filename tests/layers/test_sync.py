@@ -81,19 +81,14 @@ def run_case(rank, world, name, estimate, recompute=False):
     for step in range(STEPS):
         x, dy = make_batches(BATCHES[world][name], step)[rank]
         x.requires_grad_()
-        y = (
-            checkpoint(layer, x, use_reentrant=False)
-            if recompute
-            else layer(x)
-        )
+        y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
         y.backward(dy)
         result['y'].append(y.detach())
         result['dx'].append(x.grad)
     result.update({k: getattr(layer, k).grad for k in AFFINE})
     result.update({k: getattr(layer, k) for k in BUFFERS})
     result['passes'] = int(layer.num_batches_tracked)
-    return {k: v.detach() if torch.is_tensor(v) else v
-            for k, v in result.items()}  # fmt: skip
+    return {k: v.detach() if torch.is_tensor(v) else v for k, v in result.items()}
 
 
 def run_overflow(rank, world, estimate):
@@ -109,9 +104,7 @@ def run_overflow(rank, world, estimate):
 
 def run_average(rank, world):
     """Ranks see other data, and other numbers of batches; one layer none."""
-    net = nn.Sequential(
-        *(BCN(4, momentum=0.3) for _ in range(3)), BCN(4, num_levels=2)
-    )
+    net = nn.Sequential(*(BCN(4, momentum=0.3) for _ in range(3)), BCN(4, num_levels=2))
     torch.manual_seed(rank)
     for _ in range(2 + rank):
         net[0](torch.randn(2, 4, 3, 3) + rank)
@@ -168,12 +161,8 @@ def run_all(rank, world):
             results[f'recomputed {estimate}'] = run_case(
                 rank, world, 'unequal batches', estimate, recompute=True
             )
-            results[f'overflow {estimate}'] = run_overflow(
-                rank, world, estimate
-            )
-            results[f'carried {estimate}'] = run_counting(
-                rank, world, estimate
-            )
+            results[f'overflow {estimate}'] = run_overflow(rank, world, estimate)
+            results[f'carried {estimate}'] = run_counting(rank, world, estimate)
         results['average'] = run_average(rank, world)
         results['group'] = run_group(rank, world)
     return results
@@ -203,20 +192,26 @@ def expected(world, name, estimate):
                 mean = mu = mean + MOMENTUM * (m.mean(0) - mean)
                 var = sigma2 = var + MOMENTUM * (s - var)
         elif some:
-            values = torch.cat(
-                [x.transpose(0, 1).flatten(1) for x in some], dim=1
-            )
+            values = torch.cat([x.transpose(0, 1).flatten(1) for x in some], dim=1)
             mu, sigma2 = values.mean(1), values.var(1, correction=0)
             mean = (mean + MOMENTUM * (mu - mean)).detach()
             unbiased = values.var(1)
             var = (var + MOMENTUM * (unbiased - var)).detach()
         ys = [
             reference.bcn(
-                x, GROUPS, mu, sigma2, *affine, training=False, estimate=True,
+                x,
+                GROUPS,
+                mu,
+                sigma2,
+                *affine,
+                training=False,
+                estimate=True,
                 momentum=0,
-            )[0] if x.numel() else x * 1
+            )[0]
+            if x.numel()
+            else x * 1
             for x in xs
-        ]  # fmt: skip
+        ]
         loss = sum((y * dy).sum() for y, (_, dy) in zip(ys, batches))
         loss.backward()
         result['y'].append([y.detach() for y in ys])
@@ -233,9 +228,7 @@ def test_is_one_process_with_all_samples(ranks, world, name, estimate):
     given = [r[f'{name} {estimate}'] for r in ranks[world]]
     for step, k in itertools.product(range(STEPS), ('y', 'dx')):
         for rank, own in enumerate(given):
-            torch.testing.assert_close(
-                own[k][step], want[k][step][rank], **close
-            )
+            torch.testing.assert_close(own[k][step], want[k][step][rank], **close)
     for k in AFFINE:
         torch.testing.assert_close(sum(r[k] for r in given), want[k], **close)
     for k, own in itertools.product(BUFFERS, given):
@@ -302,8 +295,7 @@ def test_one_process_is_plain_bcn():
     assert torch.equal(plain(x), synced(x))
     before = copy.deepcopy(plain.state_dict())
     average_estimates(plain)
-    assert all(torch.equal(before[k], v)
-               for k, v in plain.state_dict().items())  # fmt: skip
+    assert all(torch.equal(before[k], v) for k, v in plain.state_dict().items())
 
 
 def test_conversions():

@@ -14,9 +14,7 @@ from bcn_mm.ops.kernels import BACKENDS, using
 @pytest.mark.parametrize('dialect', DIALECTS)
 @pytest.mark.parametrize('kind', [WSConv1d, WSConv2d, WSConv3d])
 @pytest.mark.parametrize('padding_mode', ['zeros', 'reflect'])
-def test_is_the_convolution_with_standardized_weights(
-    dialect, kind, padding_mode
-):
+def test_is_the_convolution_with_standardized_weights(dialect, kind, padding_mode):
     dim = (WSConv1d, WSConv2d, WSConv3d).index(kind) + 1
     arguments = dict(stride=2, padding=1, groups=2, padding_mode=padding_mode)
     conv = kind(4, 6, 3, dialect=dialect, **arguments).double()
@@ -114,9 +112,7 @@ CHANGES = (
     replace_parameter,
     move_and_back,
     edit_data,
-    lambda conv: conv.load_state_dict(
-        nn.Conv2d(4, 8, 3, bias=False).state_dict()
-    ),
+    lambda conv: conv.load_state_dict(nn.Conv2d(4, 8, 3, bias=False).state_dict()),
     lambda conv: conv.load_state_dict(
         nn.Conv2d(4, 8, 3, bias=False).state_dict(), assign=True
     ),
@@ -148,9 +144,7 @@ def test_convolves_with_the_weight_as_it_is(change, mode, training):
 
 @pytest.mark.parametrize('backend', BACKENDS)
 @pytest.mark.parametrize('dialect', DIALECTS)
-def test_channels_last_weights_stay_channels_last(
-    backend, dialect
-):
+def test_channels_last_weights_stay_channels_last(backend, dialect):
     conv = WSConv2d(4, 8, 3, dialect=dialect)
     want = conv.standardized_weight()
     conv.to(memory_format=torch.channels_last)
@@ -170,9 +164,7 @@ def test_compiles_without_a_graph_break(training, mode):
     with mode():
         for size in (9, 12, 7):
             x = torch.randn(2, 4, size, size + 1)
-            torch.testing.assert_close(
-                compiled(x), conv(x), rtol=1e-5, atol=1e-5
-            )
+            torch.testing.assert_close(compiled(x), conv(x), rtol=1e-5, atol=1e-5)
 
 
 def test_takes_the_names_of_torch():

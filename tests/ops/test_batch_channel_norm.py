@@ -45,9 +45,17 @@ AFFINE = ('batch_weight', 'batch_bias', 'weight', 'bias')
     seed=st.integers(0, 2**16),
 )
 def test_agrees_with_the_definition(
-    n, groups, depth, spatial, offset, channels_last, training, estimate,
-    momentum, seed,
-):  # fmt: skip
+    n,
+    groups,
+    depth,
+    spatial,
+    offset,
+    channels_last,
+    training,
+    estimate,
+    momentum,
+    seed,
+):
     torch.manual_seed(seed)
     channels = groups * depth
     given = operands(channels, groups)
@@ -73,8 +81,10 @@ def test_agrees_with_the_definition(
         torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10 * size)
         torch.testing.assert_close(
             (given['running_mean'], given['running_var']),
-            (mean, var), rtol=1e-10, atol=1e-10,
-        )  # fmt: skip
+            (mean, var),
+            rtol=1e-10,
+            atol=1e-10,
+        )
         dy = torch.randn_like(x)
         # where a variance is zero the true gradient is too, and what is left
         # is rounding, amplified by 1 / eps
@@ -86,9 +96,7 @@ def test_agrees_with_the_definition(
             torch.autograd.grad(want, [x, *leaves], dy),
         ):
             scale = max(1.0, b.abs().max().item())
-            torch.testing.assert_close(
-                a, b, rtol=1e-10, atol=slack * scale * size
-            )
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=slack * scale * size)
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -104,9 +112,14 @@ def test_gradcheck(mode, layout):
         # momentum 0: with estimates that move, a numerical derivative would
         # see them move, and autograd by definition does not
         return batch_channel_norm(
-            x, groups, mean.clone(), var.clone(), *affines, momentum=0.0,
+            x,
+            groups,
+            mean.clone(),
+            var.clone(),
+            *affines,
+            momentum=0.0,
             **mode,
-        )  # fmt: skip
+        )
 
     assert gradcheck(
         function,
@@ -116,9 +129,7 @@ def test_gradcheck(mode, layout):
 
 @pytest.mark.parametrize('mode', MODES)
 @pytest.mark.parametrize('ratio', [0, 1, 3, 100])
-@pytest.mark.parametrize(
-    'shape', [(1, 64, 50, 76), (2, 256, 32, 32), (64, 256, 7, 7)]
-)
+@pytest.mark.parametrize('shape', [(1, 64, 50, 76), (2, 256, 32, 32), (64, 256, 7, 7)])
 def test_float32_error_is_that_of_group_norm(mode, ratio, shape):
     """At most ten times F.group_norm's, against float64, also for offsets."""
     x = torch.randn(shape) + ratio
@@ -136,10 +147,7 @@ def test_float32_error_is_that_of_group_norm(mode, ratio, shape):
             y = function(leaf)
             (grad,) = torch.autograd.grad(y, leaf, dy.to(dtype))
             results.append((y.detach().double(), grad.double()))
-        return [
-            (a - b).norm() / b.norm().clamp_min(1e-30)
-            for a, b in zip(*results)
-        ]
+        return [(a - b).norm() / b.norm().clamp_min(1e-30) for a, b in zip(*results)]
 
     def ours(x):
         own = {k: v.to(x.dtype, copy=True) for k, v in start.items()}
@@ -158,12 +166,15 @@ def composition(x, groups, mean, var, own, mode):
         z = z.view(1, -1, 1) + 0 * x
     else:
         z = F.batch_norm(
-            x, mean.clone(), var.clone(), own['batch_weight'],
-            own['batch_bias'], batch,
-        )  # fmt: skip
+            x,
+            mean.clone(),
+            var.clone(),
+            own['batch_weight'],
+            own['batch_bias'],
+            batch,
+        )
     weight, bias = (
-        own[k].repeat_interleave(x.shape[1] // groups)
-        for k in ('weight', 'bias')
+        own[k].repeat_interleave(x.shape[1] // groups) for k in ('weight', 'bias')
     )
     return torch.group_norm(z, groups, weight, bias)
 
@@ -192,9 +203,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
     groups, channels = 4, 16
     start = operands(channels, groups, torch.float)
     for name in AFFINE:  # all near a special value
-        start[name] = (
-            float('bias' not in name) + 0.01 * torch.randn_like(start[name])
-        )
+        start[name] = float('bias' not in name) + 0.01 * torch.randn_like(start[name])
     shape = n, channels, length
     x = torch.randn(shape)
     if planes == 'constant':
@@ -243,9 +252,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
         exact, differentiate(theirs, torch.double), rtol=1e-6, atol=1e-6
     )
     for value, *others in zip(exact, got, bar, shifted):
-        error, allowed, rounding = (
-            (t - value).abs().max().item() for t in others
-        )
+        error, allowed, rounding = ((t - value).abs().max().item() for t in others)
         floor = 1e-5 * value.abs().max().item() + 1e-5
         assert error <= 10 * allowed + 2 * rounding + floor
 
@@ -314,14 +321,14 @@ def test_channel_stage_statistics(seed, groups):
     torch.manual_seed(seed)
     given = operands(8, groups)
     y = batch_channel_norm(
-        torch.randn(2, 8, 6, 6, dtype=torch.double), groups, **given,
+        torch.randn(2, 8, 6, 6, dtype=torch.double),
+        groups,
+        **given,
         training=True,
-    ).reshape(2, groups, -1)  # fmt: skip
+    ).reshape(2, groups, -1)
     mean, std = y.mean(2), y.std(2, unbiased=False)
     torch.testing.assert_close(mean, given['bias'].expand(2, -1))
-    torch.testing.assert_close(
-        std, given['weight'].expand(2, -1), rtol=1e-3, atol=0
-    )
+    torch.testing.assert_close(std, given['weight'].expand(2, -1), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize('training', [True, False])
@@ -344,17 +351,21 @@ def passes(batches, momentum, start, mean, var):
     count = torch.tensor(0)
     for x in batches:
         batch_channel_norm(
-            x, 1, mean, var, training=True, momentum=momentum, start=start,
+            x,
+            1,
+            mean,
+            var,
+            training=True,
+            momentum=momentum,
+            start=start,
             num_batches_tracked=count,
-        )  # fmt: skip
+        )
     return mean, var, count
 
 
 @settings(max_examples=25, deadline=None)
 @given(
-    rule=st.sampled_from(
-        [(None, 'identity'), (None, 'average'), (0.1, 'average')]
-    ),
+    rule=st.sampled_from([(None, 'identity'), (None, 'average'), (0.1, 'average')]),
     number=st.integers(1, 10),
     batch=st.integers(1, 3),
     seed=st.integers(0, 99),
@@ -384,9 +395,14 @@ def test_after_the_start_comes_the_papers_rule(start, early):
     affine = [affine[k] for k in AFFINE]
     for x in batches[early:]:
         known = reference.bcn(
-            x, 1, *known, *affine, training=True, estimate=True,
+            x,
+            1,
+            *known,
+            *affine,
+            training=True,
+            estimate=True,
             momentum=momentum,
-        )[1:]  # fmt: skip
+        )[1:]
     torch.testing.assert_close(mean, known[0])
     torch.testing.assert_close(var, known[1])
     plain = passes(batches, momentum, 'identity', zero, one)
@@ -431,9 +447,20 @@ def test_backward_twice_is_refused():
 
 @pytest.mark.parametrize(
     'channels, groups',
-    [(1, 1), (2, 1), (3, 1), (4, 2), (18, 2), (24, 8), (32, 16), (64, 32),
-     (72, 8), (96, 32), (2048, 32)],
-)  # fmt: skip
+    [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (4, 2),
+        (18, 2),
+        (24, 8),
+        (32, 16),
+        (64, 32),
+        (72, 8),
+        (96, 32),
+        (2048, 32),
+    ],
+)
 def test_default_num_groups(channels, groups):
     assert default_num_groups(channels) == groups
 
@@ -441,10 +468,13 @@ def test_default_num_groups(channels, groups):
 @given(channels=st.integers(1, 4096))
 def test_default_num_groups_is_the_largest_that_qualifies(channels):
     best = max(
-        (g for g in range(1, 33)
-         if 32 % g == 0 and channels % g == 0 and channels // g >= 2),
+        (
+            g
+            for g in range(1, 33)
+            if 32 % g == 0 and channels % g == 0 and channels // g >= 2
+        ),
         default=1,
-    )  # fmt: skip
+    )
     assert default_num_groups(channels) == best
 
 
@@ -460,6 +490,4 @@ def test_default_num_groups_is_the_largest_that_qualifies(channels):
 )
 def test_bad_input(shape, groups, message):
     with pytest.raises(ValueError, match=message):
-        batch_channel_norm(
-            torch.randn(shape), groups, torch.zeros(4), torch.ones(4)
-        )
+        batch_channel_norm(torch.randn(shape), groups, torch.zeros(4), torch.ones(4))

@@ -16,7 +16,7 @@ from bcn_mm.ops.kernels import BACKENDS, using
         st.integers(2, 5),
         st.integers(1, 3),
         st.integers(1, 3),
-    ),  # fmt: skip
+    ),
     offset=st.sampled_from([0.0, 1.0, 100.0]),
     scale=st.sampled_from([1e-3, 1.0]),
     dialect=st.sampled_from(sorted(DIALECTS)),

@@ -60,9 +60,12 @@ def after_add():
     def forward(net, x):
         return net.norm(net.a(x) + net.b(x))
 
-    return Net(
-        forward, a=WSConv2d(4, 8, 1), b=nn.Conv2d(4, 8, 1), norm=BCN(8)
-    ), (2, 4, 9, 8)
+    return Net(forward, a=WSConv2d(4, 8, 1), b=nn.Conv2d(4, 8, 1), norm=BCN(8)), (
+        2,
+        4,
+        9,
+        8,
+    )
 
 
 def returned():
@@ -100,9 +103,12 @@ def two_convs():
     def forward(net, x):
         return net.norm(net.a(x)), net.norm(net.b(x))
 
-    return Net(
-        forward, a=WSConv2d(4, 8, 3), b=WSConv2d(4, 8, 3), norm=BCN(8)
-    ), (2, 4, 9, 8)
+    return Net(forward, a=WSConv2d(4, 8, 3), b=WSConv2d(4, 8, 3), norm=BCN(8)), (
+        2,
+        4,
+        9,
+        8,
+    )
 
 
 def two_norms():
@@ -111,8 +117,11 @@ def two_norms():
         return net.a(y), net.b(y)
 
     return Net(forward, conv=WSConv2d(4, 8, 3), a=BCN(8), b=BCN(8)), (
-        2, 4, 9, 8,
-    )  # fmt: skip
+        2,
+        4,
+        9,
+        8,
+    )
 
 
 def norm_of_the_input():
@@ -151,9 +160,7 @@ def parametrized():
 FOLDS = {
     'plain': lambda: seq(nn.Conv2d(4, 8, 3, bias=False), BCN(8)),
     'bias': lambda: seq(nn.Conv2d(4, 8, 3), BCN(8)),
-    'grouped': lambda: seq(
-        WSConv2d(4, 8, 3, groups=2, stride=2, dilation=2), BCN(8)
-    ),
+    'grouped': lambda: seq(WSConv2d(4, 8, 3, groups=2, stride=2, dilation=2), BCN(8)),
     'reflect': lambda: seq(
         WSConv2d(4, 8, 3, padding=1, padding_mode='reflect'), BCN(8)
     ),

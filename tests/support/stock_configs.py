@@ -7,22 +7,17 @@ from pathlib import Path
 from bcn_mm.convert import build_model, in_scope
 
 RETINA = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
-DEEPLAB = (
-    'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024.py'
-)
+DEEPLAB = 'mmseg::deeplabv3plus/deeplabv3plus_r50-d8_4xb2-80k_cityscapes-512x1024.py'
 # mmengine finds no config behind `::` in a folder with a plus
 ZOO = Path(find_spec('mmdet').origin).parent / '.mim' / 'configs'
 # the ways in which configs and components are made
 STOCK = {
     'names its norm': RETINA,
     'SyncBN, pretrained beside the backbone': DEEPLAB,
-    'by default, in the backbone': 'mmdet::yolo/'
-    'yolov3_d53_8xb8-320-273e_coco.py',
-    'by default, in the head': 'mmdet::fcos/'
-    'fcos_r50-caffe_fpn_gn-head_1x_coco.py',
+    'by default, in the backbone': 'mmdet::yolo/yolov3_d53_8xb8-320-273e_coco.py',
+    'by default, in the head': 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py',
     'GroupNorm checkpoint': 'mmdet::gn/mask-rcnn_r50_fpn_gn-all_2x_coco.py',
-    'a list of heads': 'mmdet::cascade_rcnn/'
-    'cascade-mask-rcnn_r50_fpn_1x_coco.py',
+    'a list of heads': 'mmdet::cascade_rcnn/cascade-mask-rcnn_r50_fpn_1x_coco.py',
     'ConvWS': f'{ZOO}/gn+ws/faster-rcnn_r50_fpn_gn-ws-all_1x_coco.py',
     'wrapped': 'mmdet::soft_teacher/'
     'soft-teacher_faster-rcnn_r50-caffe_fpn_180k_semi-0.1-coco.py',
@@ -33,7 +28,7 @@ STOCK = {
     'without asking, a neck': 'mmdet::yolof/yolof_r50-c5_8xb8-1x_coco.py',
     'without asking, a backbone': 'mmseg::bisenetv1/'
     'bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py',
-}  # fmt: skip
+}
 
 
 def parents(names):

@@ -19,12 +19,8 @@ SURVEY = 'tools/analysis_tools/survey_zoo.py'
 RETINA = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 YOLOX = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
-BISENET = (
-    'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
-)
-DEEPLAB = (
-    'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py'
-)
+BISENET = 'mmseg::bisenetv1/bisenetv1_r18-d32_4xb4-160k_cityscapes-1024x1024.py'
+DEEPLAB = 'mmseg::deeplabv3plus/deeplabv3plus_r18-d8_4xb2-80k_cityscapes-512x1024.py'
 
 
 def test_writes_what_it_shows_and_once_more_nothing(tmp_path, python):
@@ -60,14 +56,21 @@ def test_says_that_eps_is_kept(tmp_path, python):
 
 def test_options(tmp_path, python):
     out = tmp_path / 'c.py'
-    shown = python(TOOL, BISENET, '-o', out, '--only', 'heads,neck',
-                   '--norm-cfg', 'type=SyncBCN', 'momentum=0.05',
-                   COLUMNS='160')  # fmt: skip
+    shown = python(
+        TOOL,
+        BISENET,
+        '-o',
+        out,
+        '--only',
+        'heads,neck',
+        '--norm-cfg',
+        'type=SyncBCN',
+        'momentum=0.05',
+        COLUMNS='160',
+    )
     assert re.search(r'model\.backbone .*BatchNorm2d.*not in --only', shown)
     cfg = Config.fromfile(out)
-    assert cfg.model.decode_head.norm_cfg == dict(
-        type='SyncBCN', momentum=0.05
-    )
+    assert cfg.model.decode_head.norm_cfg == dict(type='SyncBCN', momentum=0.05)
     assert cfg.model.backbone.type == 'BiSeNetV1'
 
 
@@ -80,10 +83,9 @@ def test_options(tmp_path, python):
         ([RETINA, '-o', 'x.json'], 'must be a .py file'),
         ([RETINA, '-o', 'x.py', '--only', 'feet'], 'unknown part feet'),
         ([RETINA, '-o', 'x.py', '--batch-size', '0'], 'must be positive'),
-        ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'],
-         'momentun'),
+        ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'], 'momentun'),
     ],
-)  # fmt: skip
+)
 def test_bad_input(words, message, tmp_path):
     tool = Path(TOOL).resolve()
     done = run(sys.executable, tool, *words, cwd=tmp_path)
@@ -95,20 +97,20 @@ def test_bad_input(words, message, tmp_path):
 def options_of(data, loaders, **more):
     options = dict(more)
     for loader in loaders:
-        options.update({
-            f'{loader}_dataloader.dataset.data_root': f'{data}/',
-            f'{loader}_dataloader.num_workers': 0,
-            f'{loader}_dataloader.persistent_workers': False,
-        })  # fmt: skip
+        options.update(
+            {
+                f'{loader}_dataloader.dataset.data_root': f'{data}/',
+                f'{loader}_dataloader.num_workers': 0,
+                f'{loader}_dataloader.persistent_workers': False,
+            }
+        )
     for loader in loaders[1:]:
         options[f'{loader}_dataloader.dataset.indices'] = 2
     return ['--cfg-options', *(f'{k}={v}' for k, v in options.items())]
 
 
 @pytest.mark.real_data
-def test_converted_retinanet_runs_with_mmdets_tools(
-    real_data, tmp_path, python
-):
+def test_converted_retinanet_runs_with_mmdets_tools(real_data, tmp_path, python):
     out = tmp_path / 'retinanet_bcn.py'
     python(TOOL, RETINA, '-o', out, '--ws', '--batch-size', 1)
     train = Path(mmdet.__file__).parent / '.mim' / 'tools' / 'train.py'
@@ -122,9 +124,14 @@ def test_converted_retinanet_runs_with_mmdets_tools(
         'train_cfg.max_epochs': 1,
         'default_hooks.logger.interval': 1,
     }
-    check_run(python, train, out, tmp_path, 'coco/bbox_mAP',
-              options_of(real_data / 'coco', ('train', 'val', 'test'),
-                         **options))  # fmt: skip
+    check_run(
+        python,
+        train,
+        out,
+        tmp_path,
+        'coco/bbox_mAP',
+        options_of(real_data / 'coco', ('train', 'val', 'test'), **options),
+    )
 
 
 @pytest.mark.real_data
@@ -142,14 +149,18 @@ def test_converted_deeplab_runs_with_mmsegs_tools(real_data, tmp_path, python):
         'train_cfg.val_interval': 3,
         'default_hooks.logger.interval': 1,
     }
-    check_run(python, train, out, tmp_path, 'mIoU',
-              options_of(real_data / 'cityscapes', ('train', 'val', 'test'),
-                         **options))  # fmt: skip
+    check_run(
+        python,
+        train,
+        out,
+        tmp_path,
+        'mIoU',
+        options_of(real_data / 'cityscapes', ('train', 'val', 'test'), **options),
+    )
 
 
 def check_run(python, train, config, folder, metric, options):
-    python(train, config, '--work-dir', folder / 'work', *options,
-           cwd=folder)  # fmt: skip
+    python(train, config, '--work-dir', folder / 'work', *options, cwd=folder)
     (file,) = folder.glob('work/*/vis_data/scalars.json')
     rows = [json.loads(line) for line in file.open()]
     losses = [row['loss'] for row in rows if 'loss' in row]

@@ -12,11 +12,27 @@ MODEL = 'tools/analysis_tools/benchmark_model.py'
 def test_benchmark_norms(tmp_path, python):
     out, plot = tmp_path / 'norms.json', tmp_path / 'norms.png'
     shown = python(
-        SCRIPT, '--shapes', '1,64,8,9', '2,32,4,4', '--rounds', 2,
-        '--dtypes', 'float32', 'bfloat16', '--memory-formats', 'contiguous',
-        'channels_last', '--layers', 'BN', 'BCN', 'paper in torch ops',
-        '--out', out, '--plot', plot,
-    )  # fmt: skip
+        SCRIPT,
+        '--shapes',
+        '1,64,8,9',
+        '2,32,4,4',
+        '--rounds',
+        2,
+        '--dtypes',
+        'float32',
+        'bfloat16',
+        '--memory-formats',
+        'contiguous',
+        'channels_last',
+        '--layers',
+        'BN',
+        'BCN',
+        'paper in torch ops',
+        '--out',
+        out,
+        '--plot',
+        plot,
+    )
     assert 'geometric mean' in shown and plot.exists()
     result = json.loads(out.read_text())
     assert len(result['layers']) == 8 and len(result['weights']) == 2
@@ -30,9 +46,7 @@ def test_benchmark_norms(tmp_path, python):
 
 
 def test_bad_input(python):
-    assert 'C a multiple of 32' in python(
-        SCRIPT, '--shapes', '1,48,4,4', code=2
-    )
+    assert 'C a multiple of 32' in python(SCRIPT, '--shapes', '1,48,4,4', code=2)
     assert '--rounds' in python(SCRIPT, '--rounds', 0, code=1)
 
 
@@ -44,10 +58,22 @@ def test_benchmark_model(tmp_path, python, config):
     variants = ['BN'] if 'rcnn' in config else []
     hook = ['--hook'] if 'rcnn' in config else []
     shown = python(
-        MODEL, f'configs/quickstart/{config}.py', '--shape', 64, 96,
-        '--rounds', 1, '--variants', 'BCN + WSConv2d', *variants, *hook,
-        '--out', out, '--plot', plot,
-    )  # fmt: skip
+        MODEL,
+        f'configs/quickstart/{config}.py',
+        '--shape',
+        64,
+        96,
+        '--rounds',
+        1,
+        '--variants',
+        'BCN + WSConv2d',
+        *variants,
+        *hook,
+        '--out',
+        out,
+        '--plot',
+        plot,
+    )
     assert 'share' in shown and plot.exists()
     result = json.loads(out.read_text())
     models = result['models']
@@ -65,7 +91,5 @@ def test_benchmark_model_of_what_cannot_be_trained(python):
     assert 'BN cannot train this: Expected more than 1 value' in shown
     shown = python(MODEL, config, '--shape', 8, 8, code=1)
     assert '--shape at least 32 32' in shown
-    shown = python(
-        MODEL, config, '--cfg-options', 'default_scope=mmocr', code=1
-    )
+    shown = python(MODEL, config, '--cfg-options', 'default_scope=mmocr', code=1)
     assert "scope 'mmocr'" in shown

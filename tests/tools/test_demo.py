@@ -41,9 +41,17 @@ def test_pictures_are_drawn(checkpoint, real_data, tmp_path, python):
     (tmp_path / 'in' / 'notes.txt').write_text('no picture')
     out = tmp_path / 'new' / 'out'
     shown = python(
-        TOOL, tmp_path / 'in', config, weights, '--out-dir', out,
-        '--score-thr', 0, '--opacity', 1,
-    )  # fmt: skip
+        TOOL,
+        tmp_path / 'in',
+        config,
+        weights,
+        '--out-dir',
+        out,
+        '--score-thr',
+        0,
+        '--opacity',
+        1,
+    )
     assert 'Wrote 2 pictures to' in shown and '100%' in shown
     assert 'Traceback' not in shown and 'WARNING' not in shown
     assert {f.name for f in out.iterdir()} == {f.name for f in files}

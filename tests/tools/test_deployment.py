@@ -27,9 +27,17 @@ def test_detector(real_data, tmp_path, python):
     torch.save(dict(state_dict=model.state_dict()), tmp_path / 'model.pth')
     out = tmp_path / 'new' / 'model.onnx'
     shown = python(
-        TOOL, DET, tmp_path / 'model.pth', '--out', out, '--fold', '--count',
-        2, '--images', real_data / 'coco' / 'val2017',
-    )  # fmt: skip
+        TOOL,
+        DET,
+        tmp_path / 'model.pth',
+        '--out',
+        out,
+        '--fold',
+        '--count',
+        2,
+        '--images',
+        real_data / 'coco' / 'val2017',
+    )
     lines = [line for line in shown.splitlines() if line.startswith('Wrote')]
     assert re.search(
         r'folded 28 of 28 norms, largest relative difference to PyTorch '
@@ -40,8 +48,11 @@ def test_detector(real_data, tmp_path, python):
     proto = onnx.load(out)
     sizes = proto.graph.input[0].type.tensor_type.shape.dim
     assert [d.dim_param or d.dim_value for d in sizes] == [
-        'batch', 3, 'height', 'width',
-    ]  # fmt: skip
+        'batch',
+        3,
+        'height',
+        'width',
+    ]
     assert str(ROOT).encode() not in out.read_bytes()
     assert b'site-packages' not in out.read_bytes()
 
@@ -51,10 +62,17 @@ def test_detector(real_data, tmp_path, python):
 def test_a_recipe_without_its_checkpoint(real_data, tmp_path, python):
     """From random weights that a ResNet-50 keeps exact at its own scale."""
     shown = python(
-        TOOL, 'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
-        '--out', tmp_path / 'model.onnx', '--exporter', 'trace', '--count', 1,
-        '--images', real_data / 'coco' / 'val2017',
-    )  # fmt: skip
+        TOOL,
+        'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
+        '--out',
+        tmp_path / 'model.onnx',
+        '--exporter',
+        'trace',
+        '--count',
+        1,
+        '--images',
+        real_data / 'coco' / 'val2017',
+    )
     assert re.search('Wrote .* on 1 pictures of 8..x12', shown), shown
 
 
@@ -64,10 +82,19 @@ def test_segmenter(real_data, tmp_path, python, refused):
     """Its backbone, by the older exporter; and what is not exact enough."""
     out = tmp_path / 'model.onnx'
     words = [
-        TOOL, SEG, '--out', out, '--part', 'backbone', '--exporter', 'trace',
-        '--count', 1, '--images', real_data / 'cityscapes' / 'leftImg8bit' /
-        'val' / 'cambridge',
-    ]  # fmt: skip
+        TOOL,
+        SEG,
+        '--out',
+        out,
+        '--part',
+        'backbone',
+        '--exporter',
+        'trace',
+        '--count',
+        1,
+        '--images',
+        real_data / 'cityscapes' / 'leftImg8bit' / 'val' / 'cambridge',
+    ]
     shown = python(*words)
     assert re.search(r'Wrote .*: largest relative .* on 1 pictures', shown)
     written = out.read_bytes()
@@ -111,9 +138,7 @@ def test_bad_input(words, message, refused):
 @pytest.mark.slow
 def test_benchmark(tmp_path, python, refused):
     out = tmp_path / 'inference.json'
-    shown = python(
-        BENCHMARK, DET, '--shape', 64, 96, '--rounds', 1, '--out', out
-    )
+    shown = python(BENCHMARK, DET, '--shape', 64, 96, '--rounds', 1, '--out', out)
     assert 'BCN, folded' in shown and out.exists()
     line = refused(BENCHMARK, DET, '--shape', 8, 8)
     assert line.startswith('error: --shape must be at least 32 32')

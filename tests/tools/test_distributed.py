@@ -70,10 +70,18 @@ def check_ranks_agree(folder: Path) -> None:
 def train_pair(task, folder, shapes, *more) -> Path:
     """Train on two ranks of one machine."""
     done = run(
-        'bash', 'tools/dist_train.sh', dumping_ranks(folder, CONFIGS[task]),
-        2, '--work-dir', folder, '--cfg-options', *SHORT[task], *QUIET,
-        *more, **environment(shapes),
-    )  # fmt: skip
+        'bash',
+        'tools/dist_train.sh',
+        dumping_ranks(folder, CONFIGS[task]),
+        2,
+        '--work-dir',
+        folder,
+        '--cfg-options',
+        *SHORT[task],
+        *QUIET,
+        *more,
+        **environment(shapes),
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     check_threads(done.stdout)
     return folder
@@ -130,8 +138,13 @@ def test_growing(pair, shapes, tmp_path):
 
 def test_gradient_accumulation(shapes, tmp_path):
     """Every pass moves the estimates, whether the optimizer steps or not."""
-    train_pair('det', tmp_path, shapes, 'optim_wrapper.accumulative_counts=3',
-               'find_unused_parameters=True')  # fmt: skip
+    train_pair(
+        'det',
+        tmp_path,
+        shapes,
+        'optim_wrapper.accumulative_counts=3',
+        'find_unused_parameters=True',
+    )
     check_ranks_agree(tmp_path)
     state = torch.load(tmp_path / 'rank0.pth')
     passes = [v for k, v in state.items() if 'num_batches_tracked' in k]
@@ -153,14 +166,27 @@ def test_fsdp(pair, shapes, tmp_path, python):
         '        min_num_params=50000)))\n'
     )
     done = run(
-        'bash', 'tools/dist_train.sh', config, 2, '--work-dir', tmp_path,
-        *OPTIONS, **environment(shapes),
-    )  # fmt: skip
+        'bash',
+        'tools/dist_train.sh',
+        config,
+        2,
+        '--work-dir',
+        tmp_path,
+        *OPTIONS,
+        **environment(shapes),
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     check_threads(done.stdout)
     assert losses(tmp_path) == pytest.approx(losses(pair), rel=1e-2)
-    python('tools/test.py', CONFIG, checkpoints(tmp_path)[-1], '--work-dir',
-           tmp_path / 'test', *OPTIONS, SHAPES_ROOT=str(shapes))  # fmt: skip
+    python(
+        'tools/test.py',
+        CONFIG,
+        checkpoints(tmp_path)[-1],
+        '--work-dir',
+        tmp_path / 'test',
+        *OPTIONS,
+        SHAPES_ROOT=str(shapes),
+    )
     validated = [r for r in scalars(tmp_path) if 'coco/bbox_mAP' in r][-1]
     tested = metrics(tmp_path / 'test')
     assert tested['coco/bbox_mAP'] == pytest.approx(
@@ -171,12 +197,18 @@ def test_fsdp(pair, shapes, tmp_path, python):
 def test_uneven_data(shapes, tmp_path):
     """Ranks that would wait for each other say so, and end."""
     done = run(
-        'bash', 'tools/dist_train.sh', dumping_ranks(tmp_path), 2,
-        '--work-dir', tmp_path, *OPTIONS,
+        'bash',
+        'tools/dist_train.sh',
+        dumping_ranks(tmp_path),
+        2,
+        '--work-dir',
+        tmp_path,
+        *OPTIONS,
         'train_dataloader.sampler.type=UnevenSampler',
-        'model.backbone.norm_cfg.type=SyncBCN', timeout=120,
+        'model.backbone.norm_cfg.type=SyncBCN',
+        timeout=120,
         **environment(shapes),
-    )  # fmt: skip
+    )
     assert done.returncode != 0
     message = r'ranks have different numbers of batches \(\[6, 5\]\)'
     assert re.search(message, done.stdout), done.stdout[-3000:]
@@ -186,12 +218,26 @@ def test_uneven_data(shapes, tmp_path):
 def test_dist_test_repeats_the_single_process(pair, shapes, tmp_path, python):
     newest = checkpoints(pair)[-1]
     done = run(
-        'bash', 'tools/dist_test.sh', CONFIG, newest, 2, '--work-dir',
-        tmp_path / 'two', *OPTIONS, **environment(shapes),
-    )  # fmt: skip
+        'bash',
+        'tools/dist_test.sh',
+        CONFIG,
+        newest,
+        2,
+        '--work-dir',
+        tmp_path / 'two',
+        *OPTIONS,
+        **environment(shapes),
+    )
     assert done.returncode == 0, done.stdout[-3000:]
-    python('tools/test.py', CONFIG, newest, '--work-dir', tmp_path / 'one',
-           *OPTIONS, SHAPES_ROOT=str(shapes))  # fmt: skip
+    python(
+        'tools/test.py',
+        CONFIG,
+        newest,
+        '--work-dir',
+        tmp_path / 'one',
+        *OPTIONS,
+        SHAPES_ROOT=str(shapes),
+    )
     two, one = metrics(tmp_path / 'two'), metrics(tmp_path / 'one')
     names = [k for k in one if 'mAP' in k]
     assert names and all(two[k] == one[k] for k in names)
@@ -202,8 +248,15 @@ def test_two_machines(shapes, tmp_path):
     shared = environment(shapes)
     nodes = [
         subprocess.Popen(
-            ['bash', 'tools/dist_train.sh', dumping_ranks(tmp_path), '1',
-             '--work-dir', str(tmp_path), *OPTIONS],
+            [
+                'bash',
+                'tools/dist_train.sh',
+                dumping_ranks(tmp_path),
+                '1',
+                '--work-dir',
+                str(tmp_path),
+                *OPTIONS,
+            ],
             cwd=ROOT,
             env={**os.environ, **shared, 'NNODES': '2', 'NODE_RANK': str(r)},
             stdout=subprocess.PIPE,
@@ -211,7 +264,7 @@ def test_two_machines(shapes, tmp_path):
             text=True,
         )
         for r in range(2)
-    ]  # fmt: skip
+    ]
     for node in nodes:
         output, _ = node.communicate(timeout=300)
         assert node.returncode == 0, output[-3000:]
@@ -235,18 +288,23 @@ def process_of(rank: int, marker: str) -> int:
 def test_a_killed_rank(shapes, tmp_path):
     """Ends the job, is named, and costs what the last checkpoint lacks."""
     options = [*OPTIONS, 'train_cfg.max_epochs=100']
-    options[options.index('train_cfg.val_interval=2')] = (
-        'train_cfg.val_interval=100'
-    )
+    options[options.index('train_cfg.val_interval=2')] = 'train_cfg.val_interval=100'
     job = subprocess.Popen(
-        ['bash', 'tools/dist_train.sh', CONFIG, '2', '--work-dir',
-         str(tmp_path), *options],
+        [
+            'bash',
+            'tools/dist_train.sh',
+            CONFIG,
+            '2',
+            '--work-dir',
+            str(tmp_path),
+            *options,
+        ],
         cwd=ROOT,
         env={**os.environ, **environment(shapes)},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-    )  # fmt: skip
+    )
     try:
         for _ in range(240):
             if (tmp_path / 'last_checkpoint').exists() or job.poll():
@@ -266,18 +324,31 @@ def test_a_killed_rank(shapes, tmp_path):
     more = last['epoch'] + 1
     end = [f'train_cfg.max_epochs={more}', 'train_cfg.val_interval=100']
     done = run(
-        'bash', 'tools/dist_train.sh', CONFIG, 2, '--work-dir', tmp_path,
-        '--resume', *options, *end, **environment(shapes),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert read_checkpoint(str(checkpoints(tmp_path)[-1]))['meta']['iter'] == (
-        more * 6
+        'bash',
+        'tools/dist_train.sh',
+        CONFIG,
+        2,
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        *options,
+        *end,
+        **environment(shapes),
     )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert read_checkpoint(str(checkpoints(tmp_path)[-1]))['meta']['iter'] == (more * 6)
     # one process has twice the steps in an epoch, and goes on all the same
     end[0] = f'train_cfg.max_epochs={more + 1}'
     done = run(
-        sys.executable, 'tools/train.py', CONFIG, '--work-dir', tmp_path,
-        '--resume', *options, *end, SHAPES_ROOT=str(shapes),
-    )  # fmt: skip
+        sys.executable,
+        'tools/train.py',
+        CONFIG,
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        *options,
+        *end,
+        SHAPES_ROOT=str(shapes),
+    )
     assert done.returncode == 0, done.stdout[-3000:]
     assert checkpoints(tmp_path)[-1].name == f'epoch_{more + 1}.pth'

@@ -40,17 +40,22 @@ needs_digits = pytest.mark.skipif(
 
 def study(python, folder, *words, code=0):
     return python(
-        STUDY, '--epochs', 1, '--workers', 1, '--work-dir', folder, *words,
-        code=code, COLUMNS='200',
-    )  # fmt: skip
+        STUDY,
+        '--epochs',
+        1,
+        '--workers',
+        1,
+        '--work-dir',
+        folder,
+        *words,
+        code=code,
+        COLUMNS='200',
+    )
 
 
 def results(folder):
     records = json.loads((folder / 'results.json').read_text())
-    return {
-        (r['task'], r['norm'], r['images'], r['seed']): r['error']
-        for r in records
-    }
+    return {(r['task'], r['norm'], r['images'], r['seed']): r['error'] for r in records}
 
 
 @needs_digits
@@ -60,9 +65,7 @@ def test_goes_on_and_grows(tmp_path, python):
     variant = 'bcn-ws,momentum=0.1,start=average'
     study(python, tmp_path, *words, 'bn', '--seeds', 2)
     first = results(tmp_path)
-    assert set(first) == {
-        ('digits', 'bn', n, seed) for n in (8, 16) for seed in (0, 1)
-    }
+    assert set(first) == {('digits', 'bn', n, seed) for n in (8, 16) for seed in (0, 1)}
     assert all(0 < error < 100 for error in first.values())
     assert len(set(first.values())) > 1
     # what a process that died had begun to write, and a run of other length
@@ -114,9 +117,20 @@ def test_momentum_follows_the_learning_rate(monkeypatch):
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_shapes(task, shapes, tmp_path, python):
     out = study(
-        python, tmp_path, '--tasks', task, '--images', 4, '--seeds', 1,
-        '--norms', 'in', 'bcn-ws', '--data', shapes,
-    )  # fmt: skip
+        python,
+        tmp_path,
+        '--tasks',
+        task,
+        '--images',
+        4,
+        '--seeds',
+        1,
+        '--norms',
+        'in',
+        'bcn-ws',
+        '--data',
+        shapes,
+    )
     assert dict(det='Mask R-CNN', seg='FCN')[task] in out
     assert all(0 < error <= 100 for error in results(tmp_path).values())
     assert not list(tmp_path.rglob('*.pth'))
@@ -138,14 +152,18 @@ def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
     init_default_scope(cfg.default_scope)
     layers = list(MODELS.build(cfg.model).modules())
     kinds = {
-        'bn': nn.BatchNorm2d, 'ln': nn.GroupNorm, 'in': nn.InstanceNorm2d,
-        'gn': nn.GroupNorm, 'gn-ws': nn.GroupNorm,
-    }  # fmt: skip
+        'bn': nn.BatchNorm2d,
+        'ln': nn.GroupNorm,
+        'in': nn.InstanceNorm2d,
+        'gn': nn.GroupNorm,
+        'gn-ws': nn.GroupNorm,
+    }
     kind = kinds.get(norm, BCN)
     found = [
-        m for m in layers
+        m
+        for m in layers
         if isinstance(m, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
-    ]  # fmt: skip
+    ]
     assert len(found) > 15 and {type(m) for m in found} == {kind}
     if norm == 'ln':
         assert {m.num_groups for m in found} == {1}
@@ -219,10 +237,26 @@ def test_a_failed_run_is_said_and_tried_again(tmp_path, python):
 def test_leaves_no_process_behind(shapes, tmp_path):
     """Ended in the middle of a training, by what a scheduler sends."""
     process = subprocess.Popen(
-        [sys.executable, STUDY, '--tasks', 'det', '--norms', 'bn', '--images',
-         '1', '--seeds', '1', '--data', shapes, '--work-dir', tmp_path],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [
+            sys.executable,
+            STUDY,
+            '--tasks',
+            'det',
+            '--norms',
+            'bn',
+            '--images',
+            '1',
+            '--seeds',
+            '1',
+            '--data',
+            shapes,
+            '--work-dir',
+            tmp_path,
+        ],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
     def others():
         found = []

@@ -149,8 +149,10 @@ BAD_STATES = {
     # numbers
     'NaN': (put('conv1.weight', fill(float('nan'))), 'conv1.weight holds NaN'),
     'NaN, first of two': (
-        lambda s: (put('fc.bias', fill(float('nan')))(s),
-                   put(DEEP, fill(float('nan')))(s)),
+        lambda s: (
+            put('fc.bias', fill(float('nan')))(s),
+            put(DEEP, fill(float('nan')))(s),
+        ),
         f'{DEEP} holds NaN',
     ),
     'infinity': (put('fc.bias', fill(float('inf'))), 'fc.bias holds infin'),
@@ -166,13 +168,14 @@ BAD_STATES = {
     'text': (put(DEEP, 'weights'), f'{DEEP} is no tensor but str'),
     'nothing': (put(DEEP, None), f'{DEEP} is no tensor but NoneType'),
     'nested': (put('model', {}), 'model is no tensor but dict'),
-    'no name': (put(7, torch.ones(1)) , '7 is no name of a tensor'),
+    'no name': (put(7, torch.ones(1)), '7 is no name of a tensor'),
     'empty': (lambda s: s.clear(), 'the state dict is empty'),
     # names
     'missing convolution': (drop(DEEP), f'{DEEP} of resnet18 is missing'),
     'missing first': (drop('conv1.weight'), 'conv1.weight of resnet18 is mis'),
     'missing channel stage': (
-        drop('layer1.1.bn2.bias'), 'layer1.1.bn2.bias of resnet18 is missing'
+        drop('layer1.1.bn2.bias'),
+        'layer1.1.bn2.bias of resnet18 is missing',
     ),
     'missing batch stage': (
         drop('layer1.1.bn2.pbn.weight'),
@@ -195,7 +198,8 @@ BAD_STATES = {
         'layer4.1.bn2.bn.weight',
     ),
     'renamed inner norms': (
-        rename('pbn', 'norm'), "bn1.norm.running_mean: this is BatchNorm's"
+        rename('pbn', 'norm'),
+        "bn1.norm.running_mean: this is BatchNorm's",
     ),
     'no estimates': (
         lambda s: drop(*[k for k in s if 'running' in k])(s),
@@ -216,7 +220,8 @@ BAD_STATES = {
         'conv1.weight: blocks per stage are 2, 2, 2, 0',
     ),
     'deep stem': (
-        rename('^conv1.weight', 'conv1.0.weight'), 'conv1.0.weight: .*`beta`'
+        rename('^conv1.weight', 'conv1.0.weight'),
+        'conv1.0.weight: .*`beta`',
     ),
     # shapes
     'shape': (
@@ -251,23 +256,26 @@ BAD_STATES = {
         "bn1.running_mean: this is BatchNorm's layout, which a BCN model",
     ),
     'GroupNorm': (
-        instead(lambda: small(ResNet(
-            18, norm_cfg=dict(type='GN', num_groups=32)).state_dict())),
+        instead(
+            lambda: small(
+                ResNet(18, norm_cfg=dict(type='GN', num_groups=32)).state_dict()
+            )
+        ),
         "gn1.weight: this is GroupNorm's layout",
     ),
     'own': (
-        instead(lambda: small(ResNet(
-            18, norm_cfg=dict(type='BCN')).state_dict())),
+        instead(lambda: small(ResNet(18, norm_cfg=dict(type='BCN')).state_dict())),
         "bn1.batch_weight: this is bcn_mm's layout already",
     ),
     'no norms': (
-        instead(lambda: nn.Conv2d(2, 3, 1).state_dict()), 'weight: there are '
-        'no norms'
+        instead(lambda: nn.Conv2d(2, 3, 1).state_dict()),
+        'weight: there are no norms',
     ),
     'no classifier': (
-        drop('fc.weight', 'fc.bias'), 'there is neither .* say the dialect'
+        drop('fc.weight', 'fc.bias'),
+        'there is neither .* say the dialect',
     ),
-}  # fmt: skip
+}
 BAD_WORDS = {
     'arch': (['--arch', 'resnet50'], 'layer1.0.conv1.weight has shape'),
     'unknown arch': (['--arch', 'vgg'], "unknown architecture 'vgg'; choose"),
@@ -312,9 +320,7 @@ def assert_refuses(tool, capsys, tmp_path, words, message, target='b.pth'):
     return line
 
 
-@pytest.mark.parametrize(
-    'change, message', BAD_STATES.values(), ids=BAD_STATES
-)
+@pytest.mark.parametrize('change, message', BAD_STATES.values(), ids=BAD_STATES)
 def test_malformed(change, message, tool, rn18, tmp_path, capsys):
     state = rn18.copy()
     change(state)
@@ -329,9 +335,7 @@ def test_bad_words(words, message, tool, rn18, tmp_path, capsys):
     assert_refuses(tool, capsys, tmp_path, words, message)
 
 
-@pytest.mark.parametrize(
-    'change, message', BAD_REVERSE.values(), ids=BAD_REVERSE
-)
+@pytest.mark.parametrize('change, message', BAD_REVERSE.values(), ids=BAD_REVERSE)
 def test_malformed_reverse(change, message, tool, mm18, tmp_path, capsys):
     state = mm18.copy()
     change(state)
@@ -365,19 +369,18 @@ def test_damaged_file(cut, message, tool, rn18, tmp_path, capsys):
 BAD_CONTENTS = {
     'code': (dict(state_dict={}, extra=Evil(print, 'harm')), 'not loaded'),
     'code in the state': (
-        dict(state_dict={'conv1.weight': Evil(eval, '1')}), 'not loaded'
+        dict(state_dict={'conv1.weight': Evil(eval, '1')}),
+        'not loaded',
     ),
     'module': (nn.Conv2d(2, 3, 1), 'not loaded'),
     'list': ([torch.ones(2)], 'holds no state dict but a list'),
     'tensor': (torch.ones(2), 'holds no state dict but a Tensor'),
     'state is a list': (dict(state_dict=[1]), 'its state_dict is a list'),
     'state is nothing': (dict(state_dict=None), 'its state_dict is a NoneTy'),
-}  # fmt: skip
+}
 
 
-@pytest.mark.parametrize(
-    'value, message', BAD_CONTENTS.values(), ids=BAD_CONTENTS
-)
+@pytest.mark.parametrize('value, message', BAD_CONTENTS.values(), ids=BAD_CONTENTS)
 def test_other_contents(value, message, tool, tmp_path, capsys):
     torch.save(value, tmp_path / 'a.pth')
     assert_refuses(tool, capsys, tmp_path, [], f'a.pth.*{message}')
@@ -413,11 +416,13 @@ def test_a_failure_while_writing_leaves_what_was(
 
 def test_generic_names(tool, tmp_path, capsys):
     """A norm of a model in OpenMMLab's names, of which one entry is off."""
-    net = nn.ModuleDict({
-        'backbone': nn.ModuleDict({'conv': nn.Conv2d(3, 64, 1)}),
-        'neck': nn.Sequential(authors.Norm(64, 'bn')),
-        'late': authors.Norm(64, 'bn'),
-    })  # fmt: skip
+    net = nn.ModuleDict(
+        {
+            'backbone': nn.ModuleDict({'conv': nn.Conv2d(3, 64, 1)}),
+            'neck': nn.Sequential(authors.Norm(64, 'bn')),
+            'late': authors.Norm(64, 'bn'),
+        }
+    )
     state = OrderedDict(net.state_dict())
     path, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
     torch.save(state, path)

@@ -39,10 +39,7 @@ def test_shapes_are_coco(shapes, split):
 def test_shapes_are_reproducible(tmp_path, python):
     def make(name, *words):
         python(SHAPES, tmp_path / name, '--train', 2, '--val', 1, *words)
-        return [
-            f.read_bytes()
-            for f in sorted((tmp_path / name).rglob('*.[jp][pn]g'))
-        ]
+        return [f.read_bytes() for f in sorted((tmp_path / name).rglob('*.[jp][pn]g'))]
 
     assert make('a') == make('b') != make('c', '--seed', 1)
     before = (tmp_path / 'a' / 'shapes.json').stat().st_mtime_ns
@@ -64,13 +61,21 @@ def test_shapes_do_not_overwrite(tmp_path):
 def test_quickstart(task, tmp_path, python):
     """Every command of it, every norm, on a few pictures."""
     out = python(
-        'tools/quickstart.py', '--quick', '--compare', '--task', task,
-        '--data', tmp_path / 'data', '--work-dir', tmp_path / 'work',
-        '--cfg-options', 'train_dataloader.num_workers=0',
+        'tools/quickstart.py',
+        '--quick',
+        '--compare',
+        '--task',
+        task,
+        '--data',
+        tmp_path / 'data',
+        '--work-dir',
+        tmp_path / 'work',
+        '--cfg-options',
+        'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
         *(['model.test_cfg.rcnn.score_thr=0'] if task == 'det' else []),
         COLUMNS='200',
-    )  # fmt: skip
+    )
     for row in ('BCN + WS', 'GN + WS', 'BN', 'predictions.png'):
         assert row in out
     sheet = cv2.imread(str(tmp_path / 'work' / f'{task}-predictions.png'))
@@ -85,8 +90,14 @@ def test_quickstart_reports_a_failure_in_one_line(tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / 'x').touch()
     done = run(
-        sys.executable, 'tools/quickstart.py', '--quick', '--data',
-        tmp_path / 'data', '--work-dir', tmp_path / 'work', cwd=ROOT,
-    )  # fmt: skip
+        sys.executable,
+        'tools/quickstart.py',
+        '--quick',
+        '--data',
+        tmp_path / 'data',
+        '--work-dir',
+        tmp_path / 'work',
+        cwd=ROOT,
+    )
     assert done.returncode == 1 and 'Traceback' not in done.stdout
     assert 'error: drawing pictures failed' in done.stdout

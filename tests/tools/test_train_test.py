@@ -66,9 +66,15 @@ def trained(request, shapes, tmp_path_factory, python):
     task = request.param
     folder = tmp_path_factory.mktemp(task)
     python(
-        'tools/train.py', CONFIGS[task], '--work-dir', folder,
-        '--cfg-options', *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
-    )  # fmt: skip
+        'tools/train.py',
+        CONFIGS[task],
+        '--work-dir',
+        folder,
+        '--cfg-options',
+        *SHORT[task],
+        *QUIET,
+        SHAPES_ROOT=str(shapes),
+    )
     return task, folder
 
 
@@ -88,11 +94,20 @@ def test_test_repeats_the_validation(trained, shapes, tmp_path, python):
     task, folder = trained
     out = tmp_path / ('out.pkl' if task == 'det' else 'maps')
     python(
-        'tools/test.py', CONFIGS[task], checkpoints(folder)[-1],
-        '--work-dir', tmp_path / 'test', '--out', out,
-        '--show-dir', tmp_path / 'pictures', '--cfg-options', *QUIET,
-        *SHORT[task], SHAPES_ROOT=str(shapes),
-    )  # fmt: skip
+        'tools/test.py',
+        CONFIGS[task],
+        checkpoints(folder)[-1],
+        '--work-dir',
+        tmp_path / 'test',
+        '--out',
+        out,
+        '--show-dir',
+        tmp_path / 'pictures',
+        '--cfg-options',
+        *QUIET,
+        *SHORT[task],
+        SHAPES_ROOT=str(shapes),
+    )
     validated = [r for r in scalars(folder) if KEYS[task][0] in r][-1]
     tested = metrics(tmp_path / 'test')
     for key in KEYS[task]:
@@ -106,23 +121,47 @@ def test_test_repeats_the_validation(trained, shapes, tmp_path, python):
 
 def test_tta(trained, shapes, tmp_path, python):
     task, folder = trained
-    boxes = ['model.type=FasterRCNN', 'model.roi_head.mask_head=None',
-             'model.roi_head.mask_roi_extractor=None',
-             'val_evaluator.metric=bbox', 'test_evaluator.metric=bbox',
-             'train_cfg.max_epochs=1', *SHORT['det'][1:], *QUIET]  # fmt: skip
+    boxes = [
+        'model.type=FasterRCNN',
+        'model.roi_head.mask_head=None',
+        'model.roi_head.mask_roi_extractor=None',
+        'val_evaluator.metric=bbox',
+        'test_evaluator.metric=bbox',
+        'train_cfg.max_epochs=1',
+        *SHORT['det'][1:],
+        *QUIET,
+    ]
     options = dict(det=boxes, seg=QUIET)[task]
     words = ['--tta', '--work-dir', tmp_path / 'test', '--cfg-options']
     environment = dict(SHAPES_ROOT=str(shapes))
     if task == 'det':
-        done = run(sys.executable, 'tools/test.py', CONFIGS[task],
-                   checkpoints(folder)[-1], *words[:-1],
-                   **environment)  # fmt: skip
+        done = run(
+            sys.executable,
+            'tools/test.py',
+            CONFIGS[task],
+            checkpoints(folder)[-1],
+            *words[:-1],
+            **environment,
+        )
         assert 'cannot merge masks' in one_line(done)
-        python('tools/train.py', CONFIGS[task], '--work-dir', tmp_path,
-               '--cfg-options', *options, **environment)  # fmt: skip
+        python(
+            'tools/train.py',
+            CONFIGS[task],
+            '--work-dir',
+            tmp_path,
+            '--cfg-options',
+            *options,
+            **environment,
+        )
         folder = tmp_path
-    python('tools/test.py', CONFIGS[task], checkpoints(folder)[-1], *words,
-           *options, **environment)  # fmt: skip
+    python(
+        'tools/test.py',
+        CONFIGS[task],
+        checkpoints(folder)[-1],
+        *words,
+        *options,
+        **environment,
+    )
     assert metrics(tmp_path / 'test')[KEYS[task][0]] >= 0
 
 
@@ -131,11 +170,18 @@ def test_resume_starts_bit_for_bit(trained, shapes, tmp_path, python):
     task, folder = trained
     half = checkpoints(folder)[0]
     python(
-        'tools/train.py', dumping(ROOT / CONFIGS[task], tmp_path),
-        '--work-dir', tmp_path, '--resume', half, '--cfg-options',
-        *SHORT[task], *QUIET, SHAPES_ROOT=str(shapes),
+        'tools/train.py',
+        dumping(ROOT / CONFIGS[task], tmp_path),
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        half,
+        '--cfg-options',
+        *SHORT[task],
+        *QUIET,
+        SHAPES_ROOT=str(shapes),
         PYTHONPATH=str(ROOT / 'tests'),
-    )  # fmt: skip
+    )
     check_dump(tmp_path, half, 12)
     steps = [r['step'] for r in scalars(tmp_path) if 'loss' in r]
     assert steps == [16, 20, 24]
@@ -144,8 +190,15 @@ def test_resume_starts_bit_for_bit(trained, shapes, tmp_path, python):
 def test_auto_resume(trained, shapes, tmp_path, python):
     """``--resume`` alone: from the start, then from the newest checkpoint."""
     task, _ = trained
-    words = ['tools/train.py', CONFIGS[task], '--work-dir', tmp_path,
-             '--resume', '--cfg-options', *QUIET]  # fmt: skip
+    words = [
+        'tools/train.py',
+        CONFIGS[task],
+        '--work-dir',
+        tmp_path,
+        '--resume',
+        '--cfg-options',
+        *QUIET,
+    ]
     short = dict(det='train_cfg.max_epochs=1', seg='train_cfg.max_iters=12')
     every = [SHORT[task][-1]] if task == 'seg' else []
     python(*words, short[task], *every, SHAPES_ROOT=str(shapes))
@@ -159,11 +212,24 @@ def test_stock_tools_through_custom_imports(shapes, tmp_path, python):
     tools = Path(mmdet.__file__).parent / '.mim' / 'tools'
     shared = ['--cfg-options', *SHORT['det'], *QUIET]
     environment = dict(SHAPES_ROOT=str(shapes))
-    python(tools / 'train.py', CONFIGS['det'], '--work-dir', tmp_path / 'a',
-           *shared, **environment)  # fmt: skip
+    python(
+        tools / 'train.py',
+        CONFIGS['det'],
+        '--work-dir',
+        tmp_path / 'a',
+        *shared,
+        **environment,
+    )
     end = checkpoints(tmp_path / 'a')[-1]
-    python(tools / 'test.py', CONFIGS['det'], end, '--work-dir',
-           tmp_path / 'b', *shared, **environment)  # fmt: skip
+    python(
+        tools / 'test.py',
+        CONFIGS['det'],
+        end,
+        '--work-dir',
+        tmp_path / 'b',
+        *shared,
+        **environment,
+    )
     assert 'coco/bbox_mAP' in metrics(tmp_path / 'b')
 
 
@@ -207,9 +273,15 @@ def one_line(done):
 @pytest.mark.parametrize('words, message', BAD.values(), ids=BAD)
 def test_bad_input_to_train(words, message, shapes, tmp_path):
     done = run(
-        sys.executable, 'tools/train.py', CONFIGS['det'], '--work-dir',
-        tmp_path / 'w', *words, SHAPES_ROOT=str(shapes), timeout=120,
-    )  # fmt: skip
+        sys.executable,
+        'tools/train.py',
+        CONFIGS['det'],
+        '--work-dir',
+        tmp_path / 'w',
+        *words,
+        SHAPES_ROOT=str(shapes),
+        timeout=120,
+    )
     assert re.search(message, one_line(done))
     assert not list(tmp_path.rglob('*.pth'))
 
@@ -218,10 +290,12 @@ def test_bad_input_to_train(words, message, shapes, tmp_path):
     'recipe, theirs',
     [
         ('mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco', 'rn50_bcn_ws'),
-        ('deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513',
-         'rn101_bcn_ws'),
+        (
+            'deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513',
+            'rn101_bcn_ws',
+        ),
     ],
-)  # fmt: skip
+)
 def test_missing_start(recipe, theirs, tmp_path):
     """Said before any data is asked for, of which there is none."""
     config = ROOT / f'configs/{recipe}.py'
@@ -241,12 +315,15 @@ def test_damaged_start(tmp_path):
     torch.save({'conv1.weight': torch.tensor(torch.nan)}, tmp_path / 'a.pth')
     line = one_line(
         run(
-            sys.executable, 'tools/train.py',
-            'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py', CFG,
+            sys.executable,
+            'tools/train.py',
+            'configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
+            CFG,
             f'model.backbone.init_cfg.checkpoint={tmp_path / "a.pth"}',
-            '--work-dir', tmp_path / 'w',
+            '--work-dir',
+            tmp_path / 'w',
         )
-    )  # fmt: skip
+    )
     assert re.search(r'a\.pth: conv1\.weight holds NaN', line)
 
 
@@ -255,9 +332,7 @@ def test_missing_config():
     assert 'configs/none.py does not exist' in one_line(done)
 
 
-@pytest.mark.parametrize(
-    'kind', ['truncated', 'code', 'architecture', 'nan', 'none']
-)
+@pytest.mark.parametrize('kind', ['truncated', 'code', 'architecture', 'nan', 'none'])
 @pytest.mark.parametrize('tool', ['test', 'train'])
 def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
     task, folder = trained
@@ -288,10 +363,16 @@ def test_bad_checkpoint(kind, tool, trained, shapes, tmp_path):
     }[tool]
     deeper = ['model.backbone.depth=34'] if kind == 'architecture' else []
     done = run(
-        sys.executable, f'tools/{tool}.py', CONFIGS[task], *words, CFG,
-        'default_hooks.logger.interval=4', *deeper, SHAPES_ROOT=str(shapes),
+        sys.executable,
+        f'tools/{tool}.py',
+        CONFIGS[task],
+        *words,
+        CFG,
+        'default_hooks.logger.interval=4',
+        *deeper,
+        SHAPES_ROOT=str(shapes),
         timeout=120,
-    )  # fmt: skip
+    )
     line = one_line(done)
     assert re.search(message, line)
     assert not re.search('^harm', done.stdout, re.M)

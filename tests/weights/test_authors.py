@@ -22,9 +22,7 @@ from torch import nn
 from bcn_mm import BCN, WSConv2d
 from bcn_mm.weights.authors import from_authors, to_authors
 
-CONFIG = (
-    'configs/deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'
-)
+CONFIG = 'configs/deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'
 
 
 @pytest.fixture
@@ -155,13 +153,15 @@ def test_deeplab_joining_convolution(dialect):
     net.aspp.load_state_dict(head.state_dict())
     made = from_authors(net.state_dict(), dialect=dialect)
     conv = dict(type='WSConv2d', dialect=dialect)
-    model = mmseg_model(**{
-        'backbone.depth': 18,
-        'decode_head.in_channels': 512,
-        'decode_head.num_classes': 5,
-        'decode_head.conv_cfg': None if plain else conv,
-        'backbone.conv_cfg': None if plain else conv,
-    }).double()  # fmt: skip
+    model = mmseg_model(
+        **{
+            'backbone.depth': 18,
+            'decode_head.in_channels': 512,
+            'decode_head.num_classes': 5,
+            'decode_head.conv_cfg': None if plain else conv,
+            'backbone.conv_cfg': None if plain else conv,
+        }
+    ).double()
     model.load_state_dict(made.state)
     x = torch.randn(2, 512, 7, 9, dtype=torch.double)
     with torch.no_grad():
@@ -180,14 +180,16 @@ def test_round_trip_of_a_backbone(inner):
     same(from_authors(theirs.state, dialect='var').state, state)
     assert theirs.meta['ws_dialect'] == 'var'
     state = authors.randomize(twin).state_dict()
-    same(to_authors(from_authors(state, dialect='std').state, inner).state,
-         state)  # fmt: skip
+    same(to_authors(from_authors(state, dialect='std').state, inner).state, state)
 
 
 def test_round_trip_of_a_deeplab():
-    model = mmseg_model(**{
-        'backbone.depth': 18, 'decode_head.in_channels': 512,
-    })  # fmt: skip
+    model = mmseg_model(
+        **{
+            'backbone.depth': 18,
+            'decode_head.in_channels': 512,
+        }
+    )
     state = authors.randomize(model).state_dict()
     theirs = to_authors(state)
     assert any('3x3' in note for note in theirs.notes)
@@ -242,9 +244,12 @@ def test_metadata_survives():
     """What is written into it, and what is taken from a part of it."""
     made = from_authors(authors.DeepLab(18).state_dict())
     marks = {k for k, v in made.state._metadata.items() if 'ws_dialect' in v}
-    model = mmseg_model(**{
-        'backbone.depth': 18, 'decode_head.in_channels': 512,
-    })  # fmt: skip
+    model = mmseg_model(
+        **{
+            'backbone.depth': 18,
+            'decode_head.in_channels': 512,
+        }
+    )
     assert marks == {
         name for name, m in model.named_modules() if isinstance(m, WSConv2d)
     }

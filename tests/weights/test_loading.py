@@ -60,9 +60,13 @@ def test_mmcv_conv_is_of_a_dialect(dialect, tmp_path):
 
 def batch_stage_only(self, x):
     return F.batch_norm(
-        x, self.running_mean, self.running_var, self.batch_weight,
-        self.batch_bias, eps=self.eps,
-    )  # fmt: skip
+        x,
+        self.running_mean,
+        self.running_var,
+        self.batch_weight,
+        self.batch_bias,
+        eps=self.eps,
+    )
 
 
 @pytest.mark.slow
@@ -74,9 +78,11 @@ def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
     state.update({'fc.weight': torch.zeros(9, 2048), 'fc.bias': torch.ones(9)})
     torch.save(state, tmp_path / 'resnet50.pth')
     net = backbone(
-        dialect=None, depth=50, norm_cfg=dict(type=norm),
+        dialect=None,
+        depth=50,
+        norm_cfg=dict(type=norm),
         checkpoint=tmp_path / 'resnet50.pth',
-    )  # fmt: skip
+    )
     assert sum('BatchNorm' in line for line in log) == 1
     assert not any('standardization' in line for line in log)
     (left,) = [line for line in log if 'unexpected' in line]
@@ -92,9 +98,11 @@ def test_batch_norm_checkpoint(norm, tmp_path, monkeypatch, log):
     norms = [m for m in net.modules() if type(m) is kind]
     assert len(norms) == 53
     net = backbone(
-        dialect=None, depth=50, norm_cfg=dict(type=norm),
+        dialect=None,
+        depth=50,
+        norm_cfg=dict(type=norm),
         checkpoint=tmp_path / 'resnet50.pth',
-    ).double()  # fmt: skip
+    ).double()
     monkeypatch.setattr(BCN, 'forward', batch_stage_only)
     with torch.no_grad():
         assert_close(net(x), bn(x), 1e-6)
@@ -147,9 +155,11 @@ def test_ws_model_says_that_batch_norm_weights_are_not_its_own(tmp_path, log):
 def test_group_norm_checkpoint(names, tmp_path, log):
     """jhu's layout: per-channel pairs, no estimates, either's names."""
     gn = ResNet(
-        18, norm_cfg=dict(type='GN', num_groups=32),
-        conv_cfg=dict(type='ConvWS'), norm_eval=False,
-    )  # fmt: skip
+        18,
+        norm_cfg=dict(type='GN', num_groups=32),
+        conv_cfg=dict(type='ConvWS'),
+        norm_eval=False,
+    )
     for m in gn.modules():
         if isinstance(m, nn.GroupNorm):
             nn.init.uniform_(m.weight, 0.5, 1.5)

@@ -77,9 +77,7 @@ def test_other_files(tmp_path):
         read_checkpoint(str(tmp_path / 'pickle.pth'))
     state = BCN(4, 2).state_dict()
     assert (
-        read_checkpoint(save(tmp_path / 'bare.pth', state))[
-            'state_dict'
-        ].keys()
+        read_checkpoint(save(tmp_path / 'bare.pth', state))['state_dict'].keys()
         == state.keys()
     )
 

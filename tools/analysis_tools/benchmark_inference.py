@@ -58,9 +58,12 @@ def parse_args() -> argparse.Namespace:
         help='of the picture (400 640)',
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
         help='override settings of the config',
-    )  # fmt: skip
+    )
     add_arguments(parser, rounds=10)
     args = parser.parse_args()
     # what load_config asks for beside these

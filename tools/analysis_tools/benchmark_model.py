@@ -204,9 +204,7 @@ def cost_of_hook(measured: float, plain: float) -> dict:
     adds on average, as a part of a step."""
     hook = EliminationSingularityHook()
     ratio = measured / plain
-    return dict(
-        measured=ratio, added=(ratio - 1) * hook.window / hook.interval
-    )
+    return dict(measured=ratio, added=(ratio - 1) * hook.window / hook.interval)
 
 
 def parse_args() -> argparse.Namespace:
@@ -246,9 +244,12 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
         '--amp', action='store_true', help='in mixed precision, on a GPU'
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
         help='override settings of the config',
-    )  # fmt: skip
+    )
     parser.add_argument(
         '--hook',
         action='store_true',
@@ -269,9 +270,7 @@ def main() -> None:
     with one_line_errors():
         machine = prepare(args)
         if args.batch_size < 1 or min(args.shape) < 32:
-            raise InputError(
-                '--batch-size must be at least 1, --shape at least 32 32'
-            )
+            raise InputError('--batch-size must be at least 1, --shape at least 32 32')
         cfg = load_config(args)
         scope = cfg.get('default_scope')
         if scope not in SCOPES:
@@ -288,9 +287,7 @@ def main() -> None:
         batch = draw(cfg, args.batch_size, args.shape, OBJECTS, args.device)
         with progress_bar() as bar:
             steps = WARMUP + args.rounds
-            task = bar.add_task(
-                'building', total=steps + 2 * len(args.variants)
-            )
+            task = bar.add_task('building', total=steps + 2 * len(args.variants))
             trainees = {}
             for name in args.variants:
                 try:
@@ -298,8 +295,7 @@ def main() -> None:
                     trainees[name].train_step()
                 except ValueError as e:
                     raise InputError(
-                        f'{name} cannot train this: {e}; leave it out with '
-                        '--variants'
+                        f'{name} cannot train this: {e}; leave it out with --variants'
                     ) from e
                 if not np.isfinite(trainees[name].loss.item()):
                     raise InputError(f'{name}: the loss is not finite')
@@ -320,18 +316,14 @@ def main() -> None:
                 if args.hook:
                     watched = Watched(trainees[WATCHED], folder)
                     timed['hook'] = watched.timed_step
-                times = interleave(
-                    timed, args.rounds, lambda: bar.advance(task)
-                )
+                times = interleave(timed, args.rounds, lambda: bar.advance(task))
         hook = None
         if args.hook:
             hook = cost_of_hook(times.pop('hook')[0], times[WATCHED][0])
         for name, (step, norms) in times.items():
             result[name].update(step=float(step), norms=float(norms))
         height, width = args.shape
-        title = (
-            f'training steps of {args.batch_size} picture(s), {width}x{height}'
-        )
+        title = f'training steps of {args.batch_size} picture(s), {width}x{height}'
         show(result, title)
         if hook:
             Console().print(
@@ -339,9 +331,7 @@ def main() -> None:
                 f"times {WATCHED}'s; at its default interval it adds "
                 f'{hook["added"]:.2%} to a step'
             )
-        Console().print(
-            ', '.join(f'{key} {value}' for key, value in machine.items())
-        )
+        Console().print(', '.join(f'{key} {value}' for key, value in machine.items()))
         if args.out:
             settings = dict(
                 config=args.config,
@@ -359,9 +349,7 @@ def main() -> None:
                 ),
             )
         if args.plot:
-            measures = dict(
-                step='time of a step', norms='time in norms', peak='peak'
-            )
+            measures = dict(step='time of a step', norms='time in norms', peak='peak')
             draw_bars(
                 args.plot,
                 list(measures.values()),

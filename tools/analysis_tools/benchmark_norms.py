@@ -153,9 +153,7 @@ def measure_weights(args, advance) -> dict:
 
     def by_mmcv(weight):
         # the real function, up to the convolution
-        with mock.patch.object(
-            conv_ws.F, 'conv2d', lambda x, weight, *rest: weight
-        ):
+        with mock.patch.object(conv_ws.F, 'conv2d', lambda x, weight, *rest: weight):
             return conv_ws.conv_ws_2d(None, weight)
 
     def stepper(standardize):
@@ -209,7 +207,7 @@ def show(cases: dict, weights: dict, args) -> None:
         table.add_row(
             label,
             *(
-                f'{geometric_mean([ratio(c, n, phase) for c in cases.values()]):.2f}'  # noqa: E501
+                f'{geometric_mean([ratio(c, n, phase) for c in cases.values()]):.2f}'
                 for n in args.layers
             ),
             style='bold' if phase == 'both' else '',
@@ -222,10 +220,7 @@ def show(cases: dict, weights: dict, args) -> None:
     for title, case in cases.items():
         table.add_row(
             title,
-            *(
-                f'{case[n]["kept"]:.2f}, {case[n]["peak"]:.2f}'
-                for n in args.layers
-            ),
+            *(f'{case[n]["kept"]:.2f}, {case[n]["peak"]:.2f}' for n in args.layers),
         )
     console.print(table)
     table = Table(title="standardizing all of ResNet-50's convolutions")
@@ -331,9 +326,7 @@ def main() -> None:
             bar.update(task, description='weights')
             weights = measure_weights(args, advance)
         show(results, weights, args)
-        Console().print(
-            ', '.join(f'{key} {value}' for key, value in machine.items())
-        )
+        Console().print(', '.join(f'{key} {value}' for key, value in machine.items()))
         if args.out:
             write_json(
                 args.out,

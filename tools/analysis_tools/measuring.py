@@ -163,9 +163,7 @@ def peak_memory(function: Callable[[], None], device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     # the CPU's allocator keeps no peak: add up what the profiler saw it do
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(
-        activities=activities, profile_memory=True
-    ) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         function()
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'trace.json')

@@ -95,9 +95,7 @@ TASKS = {
     'digits': Task(
         'digits, small CNN', 'test error (%)', 30, 3, 0.00625, 1, 5e-3, 5e-4
     ),
-    'det': Task(
-        'shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12
-    ),
+    'det': Task('shapes, Mask R-CNN', '100 - box mAP', 4, 1, 0.02, 0.5, 0.05, 0.12),
     'seg': Task('shapes, FCN', '100 - mIoU (%)', 4, 1, 0.05, 0.5, 0.03, 0.06),
 }
 # Of the 1,797 digits, that many are trained on.
@@ -174,9 +172,14 @@ def digits() -> Tuple[torch.Tensor, torch.Tensor]:
 def classifier(norm: Norm) -> nn.Sequential:
     def conv(cin, cout, stride=1):
         return ConvModule(
-            cin, cout, 3, stride, 1, norm_cfg=norm.norm_cfg,
+            cin,
+            cout,
+            3,
+            stride,
+            1,
+            norm_cfg=norm.norm_cfg,
             conv_cfg=norm.conv_cfg,
-        )  # fmt: skip
+        )
 
     return nn.Sequential(
         # one channel of nine values, which WS would leave eight
@@ -296,11 +299,18 @@ def train_shapes(run: Run, folder: Path) -> dict:
     begun = time.time()
     with (folder / 'train.log').open('w') as log:
         process = subprocess.Popen(
-            [sys.executable, 'tools/train.py', folder / 'config.py',
-             '--work-dir', folder],
-            cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'},
-            stdout=log, stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [
+                sys.executable,
+                'tools/train.py',
+                folder / 'config.py',
+                '--work-dir',
+                folder,
+            ],
+            cwd=ROOT,
+            env={**os.environ, 'OMP_NUM_THREADS': '1'},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
         _children.append(process)
         if process.wait():
             raise RuntimeError(f'training failed, see {log.name}')
@@ -356,9 +366,7 @@ def grid(args: argparse.Namespace) -> List[Run]:
             images = images or ((1,) if few else (1, 2, 4, 8, 16))
             seeds = seeds or (1 if few else 2)
         pictures = DIGITS if name == 'digits' else count_shapes(args.data)
-        epochs = args.epochs or (
-            task.quick_epochs if args.quick else task.epochs
-        )
+        epochs = args.epochs or (task.quick_epochs if args.quick else task.epochs)
         runs += [
             Run(
                 name,
@@ -425,9 +433,7 @@ def study(runs: List[Run], args, console: Console) -> List[dict]:
     )
     with bar:
         shown = bar.add_task('training', total=sum(r.cost for r in open_runs))
-        futures = {
-            pool.submit(work, run, args.work_dir): run for run in open_runs
-        }
+        futures = {pool.submit(work, run, args.work_dir): run for run in open_runs}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 run, record = futures[future], future.result()
@@ -487,9 +493,19 @@ def write_csv(rows: Dict[Key, dict], path: Path) -> None:
     with draft.open('w', newline='') as file:
         writer = csv.writer(file)
         writer.writerow(
-            ['task', 'norm', 'images_per_step', 'error_mean', 'error_sd',
-             'error_se', 'seeds', 'failed', 'dead_percent', 'near_percent']
-        )  # fmt: skip
+            [
+                'task',
+                'norm',
+                'images_per_step',
+                'error_mean',
+                'error_sd',
+                'error_se',
+                'seeds',
+                'failed',
+                'dead_percent',
+                'near_percent',
+            ]
+        )
         for key, row in rows.items():
             writer.writerow([*key, *row.values()])
     draft.replace(path)
@@ -499,18 +515,20 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
     """A panel for each task: error against images per step."""
     tasks = [t for t in TASKS if any(key[0] == t for key in rows)]
     figure, axes = plt.subplots(
-        1, len(tasks), figsize=(4.2 * len(tasks), 4.4), squeeze=False,
+        1,
+        len(tasks),
+        figsize=(4.2 * len(tasks), 4.4),
+        squeeze=False,
         layout='constrained',
-    )  # fmt: skip
+    )
     lines = {}
     for task, axis in zip(tasks, axes[0]):
         ticks = sorted({key[2] for key in rows if key[0] == task})
         for index, name in enumerate(norms):
             norm = parse_norm(name)
             points = [
-                (n, rows[task, name, n]) for n in ticks
-                if (task, name, n) in rows
-            ]  # fmt: skip
+                (n, rows[task, name, n]) for n in ticks if (task, name, n) in rows
+            ]
             if not points:
                 continue
             # beside each other, so that spreads can be told apart
@@ -519,9 +537,13 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
                 [n * shift for n, _ in points],
                 [row['mean'] for _, row in points],
                 [0 if row['seeds'] < 2 else row['sd'] for _, row in points],
-                marker='o', markersize=4, linewidth=1.5, capsize=2,
-                color=norm.colour, linestyle='--' if ',' in name else '-',
-            )  # fmt: skip
+                marker='o',
+                markersize=4,
+                linewidth=1.5,
+                capsize=2,
+                color=norm.colour,
+                linestyle='--' if ',' in name else '-',
+            )
         axis.set_xscale('log', base=2)
         axis.set_xticks(ticks, ticks)
         axis.set_xlim(ticks[0] / 1.5, ticks[-1] * 1.5)
@@ -534,9 +556,12 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
         axis.set_title(TASKS[task].title)
         axis.grid(alpha=0.3)
     figure.legend(
-        lines.values(), lines, loc='outside lower center', ncols=4,
+        lines.values(),
+        lines,
+        loc='outside lower center',
+        ncols=4,
         fontsize='small',
-    )  # fmt: skip
+    )
     save_figure(figure, path)
 
 
@@ -599,9 +624,12 @@ def parse_args() -> argparse.Namespace:
         'digits with 2 seeds, three of them at one image per step on shapes',
     )
     parser.add_argument(
-        '--tasks', nargs='+', choices=TASKS, default=list(TASKS),
+        '--tasks',
+        nargs='+',
+        choices=TASKS,
+        default=list(TASKS),
         help='(all)',
-    )  # fmt: skip
+    )
     parser.add_argument('--norms', nargs='+', metavar='NORM', help='(all)')
     parser.add_argument(
         '--images',
@@ -611,16 +639,13 @@ def parse_args() -> argparse.Namespace:
         help='images per step (1 2 4 8 16)',
     )
     parser.add_argument('--seeds', type=int, help='how many (3)')
-    parser.add_argument(
-        '--epochs', type=int, help='of every run (digits 30, shapes 4)'
-    )
+    parser.add_argument('--epochs', type=int, help='of every run (digits 30, shapes 4)')
     parser.add_argument(
         '--shift',
         type=int,
         default=1,
         metavar='PIXELS',
-        help='by how much the digits trained on are moved at most '
-        '(%(default)s)',
+        help='by how much the digits trained on are moved at most (%(default)s)',
     )
     parser.add_argument(
         '--workers',
@@ -671,9 +696,7 @@ def main() -> None:
         runs = grid(args)
         records = study(runs, args, console)
         norms = list(dict.fromkeys(run.norm for run in runs))
-        norms = [n for n in NORMS if n in norms] + [
-            n for n in norms if n not in NORMS
-        ]
+        norms = [n for n in NORMS if n in norms] + [n for n in norms if n not in NORMS]
         rows = summarize(records)
         write_json(args.work_dir / 'results.json', records)
         write_csv(rows, args.work_dir / 'results.csv')

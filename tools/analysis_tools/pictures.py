@@ -22,9 +22,7 @@ def dicts(node) -> Iterator[ConfigDict]:
 def num_classes(cfg: Config) -> int:
     """Labels below this are legal in every head."""
     keys = ('num_classes', 'num_things_classes')
-    return min(
-        (d[k] for d in dicts(cfg.model) for k in keys if d.get(k)), default=2
-    )
+    return min((d[k] for d in dicts(cfg.model) for k in keys if d.get(k)), default=2)
 
 
 def draw(
@@ -75,9 +73,7 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
         device=device,
     )
     for sample in batch['data_samples']:
-        sample.set_metainfo(
-            dict(batch_input_shape=shape, pad_shape=shape, img_path='')
-        )
+        sample.set_metainfo(dict(batch_input_shape=shape, pad_shape=shape, img_path=''))
         truth = sample.gt_instances
         truth.labels %= num_classes(cfg)
         # what detectors without a proposal stage of their own take
@@ -109,8 +105,7 @@ def _branches(batch) -> dict:
         sample.set_metainfo(dict(homography_matrix=torch.eye(3).numpy()))
     names = ('sup', 'unsup_teacher', 'unsup_student')
     return {
-        key: {name: list(values) for name in names}
-        for key, values in batch.items()
+        key: {name: list(values) for name in names} for key, values in batch.items()
     }
 
 

@@ -87,15 +87,13 @@ def parse_args() -> argparse.Namespace:
         'runs',
         nargs='+',
         metavar='RUN',
-        help='a work directory, of which the newest log is taken, or a '
-        'scalars.json',
+        help='a work directory, of which the newest log is taken, or a scalars.json',
     )
     parser.add_argument(
         '--labels',
         nargs='+',
         metavar='LABEL',
-        help='what to call the runs, one for each (if there are several: '
-        'their names)',
+        help='what to call the runs, one for each (if there are several: their names)',
     )
     parser.add_argument(
         '--out',

@@ -97,9 +97,7 @@ def parse_args() -> argparse.Namespace:
         default=Path('work_dirs/survey_zoo.json'),
         help='where results are kept, and taken up again (%(default)s)',
     )
-    parser.add_argument(
-        '--fresh', action='store_true', help='take nothing up again'
-    )
+    parser.add_argument('--fresh', action='store_true', help='take nothing up again')
     return parser.parse_args()
 
 
@@ -225,16 +223,15 @@ def compare(cfg: Config, name: str, ws: bool) -> dict:
         package, path = name.split('::')
         with tempfile.TemporaryDirectory() as folder:
             source = str(zoo(package) / 'configs' / path)
-            write_config(to_bcn(Config.fromfile(source), ws=ws), source,
-                         f'{folder}/config.py')  # fmt: skip
+            write_config(
+                to_bcn(Config.fromfile(source), ws=ws), source, f'{folder}/config.py'
+            )
         if to_bcn(new, ws=ws).to_dict() != new.to_dict():
             raise AssertionError('a second conversion changed something')
         model = build(new)
         result['converted'] = counts(model)
         result['left'] = {
-            where: kind
-            for kind, names in leftovers(model).items()
-            for where in names
+            where: kind for kind, names in leftovers(model).items() for where in names
         }
     except Exception as e:
         result['error'] = describe(e)
@@ -275,8 +272,7 @@ def train(cfg: Config, batch_size: int, shape) -> dict:
         losses = take_steps(model, batch)
         used = [bool(m.num_batches_tracked.sum()) for m in layers]
         moved = [
-            not torch.equal(m.running_mean, s)
-            and bool(m.running_mean.isfinite().all())
+            not torch.equal(m.running_mean, s) and bool(m.running_mean.isfinite().all())
             for m, s in zip(layers, start)
         ]
         if used != moved or (layers and not any(moved)):
@@ -374,12 +370,9 @@ def gather(
     alone = False
     while waiting:
         batch = dict([next(iter(waiting.items()))]) if alone else waiting
-        with ProcessPoolExecutor(
-            1 if alone else jobs, initializer=prepare
-        ) as pool:
+        with ProcessPoolExecutor(1 if alone else jobs, initializer=prepare) as pool:
             futures = {
-                pool.submit(function, *words): name
-                for name, words in batch.items()
+                pool.submit(function, *words): name for name, words in batch.items()
             }
             try:
                 for future in as_completed(futures):
@@ -450,10 +443,17 @@ def survey(args: argparse.Namespace) -> dict:
 
 def summary(results: dict) -> Table:
     table = Table(title='Norms by method')
-    for heading in ('method', 'configs', 'stock model builds', 'with norms',
-                    'converted', 'norms', 'to BCN', 'left'):  # fmt: skip
-        table.add_column(heading, justify='left' if heading == 'method'
-                         else 'right')  # fmt: skip
+    for heading in (
+        'method',
+        'configs',
+        'stock model builds',
+        'with norms',
+        'converted',
+        'norms',
+        'to BCN',
+        'left',
+    ):
+        table.add_column(heading, justify='left' if heading == 'method' else 'right')
     groups = collections.defaultdict(list)
     for name, result in results.items():
         if 'skipped' not in result:
@@ -505,34 +505,35 @@ def report(content: dict, console: Console) -> int:
     tables = [
         summary(results),
         by_reason(
-            ((n, r['stock_error']) for n, r in results.items()
-             if 'stock_error' in r),
+            ((n, r['stock_error']) for n, r in results.items() if 'stock_error' in r),
             'The stock model does not build',
         ),
         by_reason(
-            ((n, f'{kind} {where}') for n, r in results.items()
-             for where, kind in last_words(r.get('left') or {}).items()),
+            (
+                (n, f'{kind} {where}')
+                for n, r in results.items()
+                for where, kind in last_words(r.get('left') or {}).items()
+            ),
             'Norms left: built by a component without asking its config',
         ),
         by_reason(
             ((n, r['error']) for n, r in results.items() if 'error' in r),
             'FAILED: the stock model builds, the converted one does not',
         ),
-    ]  # fmt: skip
+    ]
     if steps:
         good = [s for s in steps.values() if 'converted' in s]
         console.print(f'Two steps: {len(good)} of {len(steps)} folders')
         tables += [
             by_reason(
-                ((f, s['stock_error']) for f, s in steps.items()
-                 if 'stock' not in s),
+                ((f, s['stock_error']) for f, s in steps.items() if 'stock' not in s),
                 'Two steps: the stock model does not train',
             ),
             by_reason(
                 ((f, s['error']) for f, s in steps.items() if 'error' in s),
                 'FAILED: the stock model trains, the converted one does not',
             ),
-        ]  # fmt: skip
+        ]
     for table in filter(None, tables):
         console.print(table)
     return sum('error' in r for r in (*results.values(), *steps.values()))

@@ -26,18 +26,12 @@ MIN_VISIBLE = 0.4
 MIN_PIECE = 20
 
 
-def texture(
-    rng: np.random.Generator, size: int, strength: float
-) -> np.ndarray:
+def texture(rng: np.random.Generator, size: int, strength: float) -> np.ndarray:
     """A random colour with noise on three scales, (size, size, 3) float."""
     picture = np.full((size, size, 3), rng.uniform(40, 215, 3), np.float32)
     for cells, share in ((4, 1), (20, 0.5), (size, 0.25)):
-        noise = rng.normal(0, share * strength, (cells, cells, 3)).astype(
-            np.float32
-        )
-        picture += cv2.resize(
-            noise, (size, size), interpolation=cv2.INTER_CUBIC
-        )
+        noise = rng.normal(0, share * strength, (cells, cells, 3)).astype(np.float32)
+        picture += cv2.resize(noise, (size, size), interpolation=cv2.INTER_CUBIC)
     return picture
 
 
@@ -66,9 +60,7 @@ def scene(rng: np.random.Generator, size: int):
             continue
         drawn = [(k, m & ~mask, area) for k, m, area in drawn]
         drawn.append((kind, mask, alone))
-        picture = np.where(
-            mask[..., None] == 1, texture(rng, size, 8), picture
-        )
+        picture = np.where(mask[..., None] == 1, texture(rng, size, 8), picture)
         labels[mask == 1] = kind + 1
     picture = np.clip(picture, 0, 255).astype(np.uint8)
     return picture, labels, [(k, without_slivers(m)) for k, m, _ in drawn]
@@ -86,15 +78,11 @@ def polygons(mask: np.ndarray) -> list:
 
     They run through pixel centres, which COCO puts at halves.
     """
-    contours, _ = cv2.findContours(
-        mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE
-    )
+    contours, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
     return [(c.flatten() + 0.5).tolist() for c in contours]
 
 
-def write_split(
-    root: Path, split: str, count: int, size: int, seed: int
-) -> None:
+def write_split(root: Path, split: str, count: int, size: int, seed: int) -> None:
     rng = np.random.default_rng([seed, split == 'val'])
     (root / split).mkdir()
     (root / 'labels' / split).mkdir(parents=True)
@@ -124,9 +112,7 @@ def write_split(
     target = root / 'annotations' / f'instances_{split}.json'
     target.parent.mkdir(exist_ok=True)
     target.write_text(
-        json.dumps(
-            dict(images=images, annotations=annotations, categories=categories)
-        )
+        json.dumps(dict(images=images, annotations=annotations, categories=categories))
     )
 
 

@@ -42,9 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument('images', help='a picture, or a folder of them')
     parser.add_argument('config', help='of an mmdet or mmseg model')
     parser.add_argument('checkpoint', help='its weights')
-    parser.add_argument(
-        '--out-dir', required=True, help='where pictures are written'
-    )
+    parser.add_argument('--out-dir', required=True, help='where pictures are written')
     parser.add_argument(
         '--score-thr',
         type=float,
@@ -63,9 +61,12 @@ def parse_args() -> argparse.Namespace:
         help='(%(default)s)',
     )
     parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
         help='override settings of the config',
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     # what load_config asks for beside these
     args.work_dir, args.launcher, args.local_rank = None, 'none', 0
@@ -92,8 +93,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     source = os.path.abspath(args.images)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.realpath(folder) == os.path.realpath(out):
-        raise InputError('--out-dir must be another folder than that of the '
-                         'pictures, which it would replace')  # fmt: skip
+        raise InputError(
+            '--out-dir must be another folder than that of the '
+            'pictures, which it would replace'
+        )
 
 
 def build(cfg: Config, args: argparse.Namespace) -> Callable[[str, str], Any]:
@@ -132,9 +135,7 @@ def build(cfg: Config, args: argparse.Namespace) -> Callable[[str, str], Any]:
             dict(cfg.test_dataloader.dataset, lazy_init=True)
         ).metainfo
         names = {k: known.get(k) for k in ('classes', 'palette')}
-        inferencer.model.dataset_meta.update(
-            {k: v for k, v in names.items() if v}
-        )
+        inferencer.model.dataset_meta.update({k: v for k, v in names.items() if v})
     return lambda file, folder: inferencer(file, out_dir=folder, **how)
 
 
@@ -154,9 +155,7 @@ def main() -> None:
         for file in track(files, 'pictures', console=console):
             check_picture(file)
             # moved from there, so that no half a picture is ever seen
-            with tempfile.TemporaryDirectory(
-                '.part', dir=args.out_dir
-            ) as draft:
+            with tempfile.TemporaryDirectory('.part', dir=args.out_dir) as draft:
                 draw(file, draft)
                 name = os.path.basename(file)
                 os.replace(

@@ -55,17 +55,14 @@ def parse_args() -> argparse.Namespace:
       --images FOLDER --part backbone --exporter trace""",
     )
     parser.add_argument('config', help='of an mmdet, mmseg, mmpretrain model')
-    parser.add_argument(
-        'checkpoint', nargs='?', help='weights (default: random ones)'
-    )
+    parser.add_argument('checkpoint', nargs='?', help='weights (default: random ones)')
     parser.add_argument(
         '--out', required=True, metavar='FILE.onnx', help='what to write'
     )
     parser.add_argument(
         '--fold',
         action='store_true',
-        help='fold batch stages and Weight Standardization into the '
-        'convolutions first',
+        help='fold batch stages and Weight Standardization into the convolutions first',
     )
     parser.add_argument(
         '--part',
@@ -98,13 +95,14 @@ def parse_args() -> argparse.Namespace:
         default='dynamo',
         help="torch's current exporter or its older, faster one (%(default)s)",
     )
+    parser.add_argument('--opset', type=int, default=18, help='of ONNX (%(default)s)')
     parser.add_argument(
-        '--opset', type=int, default=18, help='of ONNX (%(default)s)'
-    )
-    parser.add_argument(
-        '--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE',
+        '--cfg-options',
+        nargs='+',
+        action=DictAction,
+        metavar='KEY=VALUE',
         help='override settings of the config',
-    )  # fmt: skip
+    )
     args = parser.parse_args()
     # what load_config asks for beside these
     args.work_dir, args.launcher, args.local_rank = None, 'none', 0
@@ -118,9 +116,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.count < 1:
         raise InputError(f'--count must be at least 1, but got {args.count}')
     if not args.tolerance > 0:
-        raise InputError(
-            f'--tolerance must be positive, but got {args.tolerance}'
-        )
+        raise InputError(f'--tolerance must be positive, but got {args.tolerance}')
     if args.opset < 18:
         raise InputError(f'--opset must be at least 18, but got {args.opset}')
     needed = ['onnx', 'onnxruntime']
@@ -129,8 +125,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     missing = [name for name in needed if find_spec(name) is None]
     if missing:
         raise InputError(
-            f'this needs {" and ".join(missing)}: pip install '
-            f'{" ".join(missing)}'
+            f'this needs {" and ".join(missing)}: pip install {" ".join(missing)}'
         )
 
 
@@ -180,19 +175,13 @@ def test_pictures(cfg: Config) -> str:
     return nested[0] if nested else folder
 
 
-def preprocessed(
-    cfg: Config, model: nn.Module, files: List[str]
-) -> Iterator[Tensor]:
+def preprocessed(cfg: Config, model: nn.Module, files: List[str]) -> Iterator[Tensor]:
     """What the model sees of these pictures when it is tested."""
     dataset = cfg.test_dataloader.dataset
     while 'dataset' in dataset:
         dataset = dataset.dataset
     pipeline = Compose(
-        [
-            step
-            for step in dataset.pipeline
-            if 'Annotations' not in str(step['type'])
-        ]
+        [step for step in dataset.pipeline if 'Annotations' not in str(step['type'])]
     )
     for file in files:
         check_picture(file)
@@ -253,9 +242,7 @@ def main() -> None:
                     f'nothing was written'
                 )
             os.replace(draft, args.out)
-    between = ' to '.join(
-        dict.fromkeys(f'{h}x{w}' for h, w in (sizes[0], sizes[-1]))
-    )
+    between = ' to '.join(dict.fromkeys(f'{h}x{w}' for h, w in (sizes[0], sizes[-1])))
     console.print(
         f'Wrote {args.out}: {text}largest relative difference to PyTorch '
         f'{worst:.1e} on {len(files)} pictures of {between}',

@@ -43,15 +43,12 @@ def parse_args() -> argparse.Namespace:
   python tools/misc/bcn_config.py mmdet::retinanet/retinanet_r50_fpn_1x_coco.py \\
       -o configs/my/retinanet_bcn.py --ws --batch-size 1
   python tools/misc/bcn_config.py configs/my/stock.py -o configs/my/bcn.py \\
-      --only backbone,neck --norm-cfg type=SyncBCN""",  # noqa: E501
+      --only backbone,neck --norm-cfg type=SyncBCN""",
     )
     parser.add_argument(
-        'source', help='a config file, or one of a package: mmdet::..., '
-        'mmseg::...'
-    )  # fmt: skip
-    parser.add_argument(
-        '-o', '--out', required=True, help='the config to write, *.py'
+        'source', help='a config file, or one of a package: mmdet::..., mmseg::...'
     )
+    parser.add_argument('-o', '--out', required=True, help='the config to write, *.py')
     parser.add_argument(
         '--ws',
         action='store_true',
@@ -93,11 +90,7 @@ def norms_left(cfg: Config, only: Optional[Sequence[str]]) -> List[Change]:
     for kind, names in leftovers(model).items():
         for part, count in Counter(n.split('.')[0] for n in names).items():
             left_out = only and part_of(part) not in only
-            note = (
-                'not in --only'
-                if left_out
-                else 'built without asking the config'
-            )
+            note = 'not in --only' if left_out else 'built without asking the config'
             text = f'{count} x {kind}'
             rows.append(Change(f'model.{part}', text, text, note))
     return rows
@@ -117,9 +110,11 @@ def table_of(changes: List[Change], title: str) -> Table:
         same = change.before == change.after
         after = '(left alone)' if same else show(change.after)
         table.add_row(
-            escape(change.path), escape(show(change.before)), escape(after),
+            escape(change.path),
+            escape(show(change.before)),
+            escape(after),
             escape(change.note),
-        )  # fmt: skip
+        )
     return table
 
 

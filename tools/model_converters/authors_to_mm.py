@@ -36,15 +36,14 @@ def parse_args(words: Optional[Sequence[str]] = None) -> argparse.Namespace:
 then, in a config:
   backbone=dict(
       norm_cfg=dict(type='BCN'), conv_cfg=dict(type='WSConv2d', dialect='var'),
-      init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'))""",  # noqa: E501
+      init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'))""",
     )
     parser.add_argument('source', help='the checkpoint to read')
     parser.add_argument('target', help='the checkpoint to write')
     parser.add_argument(
         '--arch',
         metavar='NAME',
-        help=f'what the source must be: {", ".join(ARCHS)} (default: found '
-        f'out)',
+        help=f'what the source must be: {", ".join(ARCHS)} (default: found out)',
     )
     parser.add_argument(
         '--dialect',
@@ -99,8 +98,11 @@ def convert(args: argparse.Namespace) -> None:
     write(dict(meta=made.meta, state_dict=made.state), target)
     for note in made.notes:
         print(note)
-    facts = [f'{k}={v}' for k, v in made.meta.items() if k in
-             ('arch', 'ws_dialect', 'num_groups')]  # fmt: skip
+    facts = [
+        f'{k}={v}'
+        for k, v in made.meta.items()
+        if k in ('arch', 'ws_dialect', 'num_groups')
+    ]
     print(f'Wrote {target}' + (f' ({", ".join(facts)})' if facts else ''))
 
 

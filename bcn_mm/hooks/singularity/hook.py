@@ -190,9 +190,7 @@ class EliminationSingularityHook(Hook):
         self._remove_model_hooks()  # a step that raised an error left it open
         self._model_hooks = [
             runner.model.register_forward_pre_hook(self._begin_forward),
-            runner.model.register_forward_hook(
-                self._end_forward, always_call=True
-            ),
+            runner.model.register_forward_hook(self._end_forward, always_call=True),
         ]
 
     def after_train_iter(
@@ -248,9 +246,7 @@ class EliminationSingularityHook(Hook):
             self._tracer.__exit__(None, None, None)
             self._tracer = None
 
-    def _measure(
-        self, name: str, norm: nn.Module, x: Tensor, output: Tensor
-    ) -> None:
+    def _measure(self, name: str, norm: nn.Module, x: Tensor, output: Tensor) -> None:
         if self._tracer is not None:
             self._tracer.follow(output, name)
         calls = self._calls.setdefault(name, [])
@@ -271,11 +267,7 @@ class EliminationSingularityHook(Hook):
         )
         sums = dict(zip(self._norms, sums))
         # first those that ran on this rank, in their order
-        fed = [
-            name
-            for name in {**self._feeds, **sums}
-            if sums[name].calls.item() > 0
-        ]
+        fed = [name for name in {**self._feeds, **sums} if sums[name].calls.item() > 0]
         layers = {
             name: layer_result(sums[name], self.dead_below, self.near_below)
             for name in fed

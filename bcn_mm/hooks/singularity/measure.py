@@ -40,9 +40,7 @@ class Measurement(NamedTuple):
 
 
 @torch.no_grad()
-def measure(
-    norm: nn.Module, x: Tensor, output: Tensor
-) -> Optional[Measurement]:
+def measure(norm: nn.Module, x: Tensor, output: Tensor) -> Optional[Measurement]:
     """Measure a call of a norm.
 
     Args:
@@ -102,9 +100,7 @@ class ReLUTracer(TensorTracer):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _RELUS or (
-            func in _HARDTANHS and (*args, *kwargs.values())[1] == 0
-        ):
+        if func in _RELUS or (func in _HARDTANHS and (*args, *kwargs.values())[1] == 0):
             x = args[0] if args else kwargs['input']
             name = self.label_of(x, unwritten=True)
             if name is not None:

@@ -86,9 +86,7 @@ def draw_history(runs: Dict[str, History], path: str) -> None:
             mesh, ax=list(row), extend=extend, fraction=0.05, pad=0.02
         )
         bar.set_label(unit if one else f'{title}\n({unit})')
-        row[0].set_yticks(
-            [i + 0.5 for i in range(len(layers))], layers, fontsize=7
-        )
+        row[0].set_yticks([i + 0.5 for i in range(len(layers))], layers, fontsize=7)
     axes[0, 0].set_ylim(len(layers), 0)  # the first layer on top
     if any(np.isnan(grid).any() for grid in dead.values()):
         figure.supxlabel('grey: not measured', fontsize='small', color='grey')

@@ -58,9 +58,7 @@ def sum_up(norm: nn.Module, calls: Sequence[Measurement]) -> Sums:
     if calls:
         rows = torch.stack([call.rows for call in calls]).double().cpu()
     for call, (mean, var, positive, *own) in zip(calls, rows if calls else ()):
-        weight, first, second = _weighted(
-            torch.full_like(mean, call.count), mean, var
-        )
+        weight, first, second = _weighted(torch.full_like(mean, call.count), mean, var)
         positive = torch.where(weight > 0, positive, 0)
         outputs += torch.stack((weight, positive, first, second))
         if own:

@@ -26,8 +26,7 @@ _EMPTY, _FUNCTIONAL = Empty(), Functional()
 def _checked(choice: str) -> str:
     if choice not in CHOICES:
         raise ValueError(
-            f'BCN_MM_KERNELS must be one of {", ".join(CHOICES)}, but is '
-            f'{choice!r}'
+            f'BCN_MM_KERNELS must be one of {", ".join(CHOICES)}, but is {choice!r}'
         )
     return choice
 

@@ -52,9 +52,13 @@ class Eager:
         return self._moments(rows, compute_dtype(x))
 
     def normalize(
-        self, x: Tensor, moments: Moments, batch: Batch, affine: Affine,
+        self,
+        x: Tensor,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
         spec: Spec,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Both stages: a fresh tensor of the shape, dtype and layout of x."""
         scale, at_mean = stages.forward(moments, batch, affine, spec)
         if _has_single_values(x):
@@ -62,9 +66,14 @@ class Eager:
         return self._apply(x, moments, scale, at_mean)
 
     def backward_reduce(
-        self, dy: Tensor, x: Tensor, moments: Moments, batch: Batch,
-        affine: Affine, spec: Spec,
-    ) -> Sums:  # fmt: skip
+        self,
+        dy: Tensor,
+        x: Tensor,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Sums:
         """The gradients of the parameters, and what dx is made of."""
         dy_sum, moment = self._reduce(dy, x, moments.mean)
         length = x.shape[2:].numel()
@@ -73,9 +82,15 @@ class Eager:
         )
 
     def backward_input(
-        self, dy: Tensor, x: Tensor, sums: Sums, moments: Moments,
-        batch: Batch, affine: Affine, spec: Spec,
-    ) -> Tensor:  # fmt: skip
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sums: Sums,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Tensor:
         """The gradient of x: a fresh tensor, in the layout of x."""
         length = x.shape[2:].numel()
         gradient = stages.backward_input(sums, length, moments, batch)
@@ -93,9 +108,7 @@ class Eager:
             return Moments(mean, var)
         mean, var = rows.new_empty(2, *rows.shape[:2], dtype=dtype)
         for part, m, v in _portions(rows, mean, var):
-            v_part, m_part = torch.var_mean(
-                part.to(dtype), dim=2, correction=0
-            )
+            v_part, m_part = torch.var_mean(part.to(dtype), dim=2, correction=0)
             m.copy_(m_part)
             v.copy_(v_part)
         return Moments(mean, var)
@@ -114,9 +127,7 @@ class Eager:
             torch.addcmul(b, part - m, a, out=out)
         return y
 
-    def _reduce(
-        self, dy: Tensor, x: Tensor, mean: Tensor
-    ) -> Tuple[Tensor, Tensor]:
+    def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
         """Row sums of ``dy`` and of ``dy * (x - mean)``, both (N, C)."""
         dy, x, mean = flat(dy), flat(x), mean.unsqueeze(2)
         total = dy.sum(dim=2, dtype=mean.dtype)
@@ -160,9 +171,7 @@ class Functional(Eager):
         return total, (x - mean.unsqueeze(2)).mul_(dy).sum(dim=2)
 
     def _apply_add(self, dy, x, moments, g):
-        mean, dy_mean, dy_scale, x_scale, at_mean = over(
-            x, moments.mean, *g
-        )
+        mean, dy_mean, dy_scale, x_scale, at_mean = over(x, moments.mean, *g)
         out = torch.addcmul(at_mean, x - mean, x_scale)
         return torch.addcmul(out, dy - dy_mean, dy_scale).to(x.dtype)
 

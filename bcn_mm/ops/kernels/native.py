@@ -49,9 +49,8 @@ class Native(Eager):
             mean, square = x.new_empty(2, *x.shape[:2], dtype=dtype)
             step = max(1, _PORTION // length)
             for row, total, squared in zip(
-                *(t.view(rows.shape[0], -1).split(step)
-                  for t in (rows, mean, square))
-            ):  # fmt: skip
+                *(t.view(rows.shape[0], -1).split(step) for t in (rows, mean, square))
+            ):
                 row = row.to(dtype)
                 total.copy_(row.sum(dim=1, keepdim=True))
                 norm = torch.linalg.vector_norm(row, dim=1, keepdim=True)
@@ -92,9 +91,7 @@ class Native(Eager):
             flat(y)[n, c] = rows.to(y.dtype)
         return y
 
-    def _reduce(
-        self, dy: Tensor, x: Tensor, mean: Tensor
-    ) -> Tuple[Tensor, Tensor]:
+    def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
         if x.is_contiguous():
             return _sums(dy, x, mean, mean.dtype)
         dy, x = flat(dy), flat(x)
@@ -128,9 +125,7 @@ def _scale(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     rows = _rows(x)
     if rows is None:
         y = torch.empty_like(x)
-        torch.addcmul(
-            shift.unsqueeze(2), flat(x), scale.unsqueeze(2), out=flat(y)
-        )
+        torch.addcmul(shift.unsqueeze(2), flat(x), scale.unsqueeze(2), out=flat(y))
         return y
     zero = scale.new_zeros(scale.numel())
     # running statistics 0 and 0 with eps 1 make a batch norm a plain affine

@@ -28,13 +28,28 @@ class Ways(nn.Module):
     """Ways from a norm to a ReLU, and some that end elsewhere."""
 
     YES = (
-        'module', 'inplace', 'function', 'torch', 'method',
-        'method_inplace', 'relu6', 'hardtanh', 'identity', 'both', 'keyword',
-    )  # fmt: skip
+        'module',
+        'inplace',
+        'function',
+        'torch',
+        'method',
+        'method_inplace',
+        'relu6',
+        'hardtanh',
+        'identity',
+        'both',
+        'keyword',
+    )
     NO = (
-        'leaky', 'tanh', 'sum', 'sum_inplace', 'scaled_inplace', 'pooled',
-        'nothing', 'unused',
-    )  # fmt: skip
+        'leaky',
+        'tanh',
+        'sum',
+        'sum_inplace',
+        'scaled_inplace',
+        'pooled',
+        'nothing',
+        'unused',
+    )
 
     def __init__(self):
         super().__init__()
@@ -116,9 +131,7 @@ def test_frozen_layers_and_segmenters(tmp_path):
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    cfg = Config.fromfile(
-        ROOT / 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py'
-    )
+    cfg = Config.fromfile(ROOT / 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py')
     cfg.model.backbone.frozen_stages = 1
     cfg.model.data_preprocessor.pop('size', None)
     init_default_scope('mmseg')

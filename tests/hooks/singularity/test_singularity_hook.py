@@ -15,9 +15,7 @@ from bcn_mm import EliminationSingularityHook
 
 def mask_rcnn(**kwargs):
     """The quickstart's model and two batches of random pictures."""
-    cfg = Config.fromfile(
-        ROOT / 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py'
-    )
+    cfg = Config.fromfile(ROOT / 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py')
     cfg.merge_from_dict(kwargs)
     init_default_scope('mmdet')
     torch.manual_seed(0)
@@ -50,8 +48,7 @@ def test_weights_are_those_without_the_hook(with_cp, tmp_path):
     for hooks in ([], [hook]):
         torch.manual_seed(2)
         own = copy.deepcopy(model)
-        train(own, copy.deepcopy(batches), tmp_path, *hooks,
-              randomness=dict(seed=3))  # fmt: skip
+        train(own, copy.deepcopy(batches), tmp_path, *hooks, randomness=dict(seed=3))
         states.append(own.state_dict())
         generators.append(torch.get_rng_state())
     assert torch.equal(*generators)
@@ -98,9 +95,7 @@ def compile_step(model):  # as mmengine does for compile=True
     model.train_step = torch.compile(model.train_step, backend='eager')
 
 
-@pytest.mark.parametrize(
-    'way', [compile_in_place, compile_wrapped, compile_step]
-)
+@pytest.mark.parametrize('way', [compile_in_place, compile_wrapped, compile_step])
 def test_compiled_models_are_left_alone(way, tmp_path):
     hook = EliminationSingularityHook(interval=1, window=1)
     model = Net(Kept(NORMS['GN']))
@@ -113,9 +108,7 @@ def test_compiled_models_are_left_alone(way, tmp_path):
     hook.before_train_iter(runner, 0)
     (warning,) = warnings
     assert 'torch.compile hides' in warning
-    assert not any(
-        m._forward_hooks or m._forward_pre_hooks for m in model.modules()
-    )
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     hook.after_train_iter(runner, 0)
     hook.after_train(runner)
     assert hook.results is None

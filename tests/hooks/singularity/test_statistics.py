@@ -149,8 +149,7 @@ def test_a_step_that_is_not_finite_is_left_out(kind, tmp_path):
         if channels(body.kept[3][1])[c].isfinite().all():
             values = torch.cat([values, channels(body.kept[3][1])[c]])
         want = values.mean() / values.std(correction=0)
-        torch.testing.assert_close(layer['margin'][c], want, atol=1e-5,
-                                   rtol=1e-5)  # fmt: skip
+        torch.testing.assert_close(layer['margin'][c], want, atol=1e-5, rtol=1e-5)
     assert layer['margin'].isfinite().all()
     if kind == 'BCN':
         assert layer['lag'].isfinite().all()

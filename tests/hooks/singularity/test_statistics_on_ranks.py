@@ -105,9 +105,7 @@ def run_rank(rank, world, folder):
     os.environ['LOCAL_RANK'] = str(rank)  # as launchers do
     hook = EliminationSingularityHook(interval=3, window=3)
     body = OnRanks(rank)
-    batches = [
-        b + rank for b in images(3, n=1 + rank, size=6 + rank, scale=1 + rank)
-    ]
+    batches = [b + rank for b in images(3, n=1 + rank, size=6 + rank, scale=1 + rank)]
     runner = train(
         body,
         batches,

@@ -39,12 +39,11 @@ def operands(x, estimate=True):
     like = dict(dtype=moments.mean.dtype)
     count = None if estimate else x.numel() // channels
     batch = Batch(
-        torch.randn(channels, **like), torch.rand(channels, **like) + 0.5,
+        torch.randn(channels, **like),
+        torch.rand(channels, **like) + 0.5,
         count,
-    )  # fmt: skip
-    affine = Affine(
-        *torch.randn(2, channels, **like), *torch.randn(2, groups, **like)
     )
+    affine = Affine(*torch.randn(2, channels, **like), *torch.randn(2, groups, **like))
     return moments, batch, affine, Spec(groups, 1e-5)
 
 
@@ -70,15 +69,13 @@ def affine_of(x, moments, batch, affine, spec):
 @every_layout
 @pytest.mark.parametrize(
     'shape', [(1, 5, 3, 4), (3, 5, 3, 4), (2, 4, 1, 1), (1, 3, 80, 60)]
-)  # fmt: skip
+)
 @pytest.mark.parametrize('ratio', [0, 3, 1e2, 1e5])
 def test_moments_do_not_cancel(backend, layout, shape, ratio):
     x = LAYOUTS[layout](torch.randn(shape) + ratio)
     mean, var, _ = kernels_for(x).moments(x)
     exact = x.double().flatten(2)
-    torch.testing.assert_close(
-        mean.double(), exact.mean(2), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(
         var.double(), exact.var(2, unbiased=False), rtol=1e-5, atol=1e-12
     )
@@ -87,9 +84,7 @@ def test_moments_do_not_cancel(backend, layout, shape, ratio):
 @every_backend
 @pytest.mark.parametrize('dtype', HALF)
 @every_layout
-def test_moments_of_half_precision_are_float32(
-    backend, dtype, layout, portion
-):
+def test_moments_of_half_precision_are_float32(backend, dtype, layout, portion):
     # squares overflow float16
     x = LAYOUTS[layout](torch.randn(2, 3, 40, 40).to(dtype) * 200)
     mean, var, _ = kernels_for(x).moments(x)
@@ -106,9 +101,7 @@ def test_moments_of_half_precision_are_float32(
 @pytest.mark.parametrize(
     'shape', [(2, 4, 60, 80), (3, 6, 5, 5), (1, 4, 1, 1), (4, 2, 1, 1)]
 )
-def test_normalize_is_the_affine_of_the_stages(
-    backend, layout, dtype, shape, portion
-):
+def test_normalize_is_the_affine_of_the_stages(backend, layout, dtype, shape, portion):
     x = LAYOUTS[layout]((torch.randn(shape) + 1).to(dtype))
     known = operands(x)
     y = kernels_for(x).normalize(x, *known)
@@ -126,25 +119,26 @@ def test_normalize_is_the_affine_of_the_stages(
 @pytest.mark.parametrize('estimate', [True, False])
 @pytest.mark.parametrize('dtype', [torch.double, torch.float, *HALF])
 @pytest.mark.parametrize('shape', [(2, 4, 60, 80), (3, 6, 5, 5)])
-def test_backward_is_the_derivative(
-    backend, layout, estimate, dtype, shape, portion
-):
+def test_backward_is_the_derivative(backend, layout, estimate, dtype, shape, portion):
     x = LAYOUTS[layout](torch.randn(shape).to(dtype))
     dy = LAYOUTS[layout](torch.randn(shape).to(dtype))
     kernels, channels = kernels_for(x), shape[1]
     leaf = x.detach().clone().double().requires_grad_()
     moments, batch, affine, spec = operands(x, estimate)
     if not estimate:
-        var, mean = torch.var_mean(
-            x.to(moments.mean.dtype), (0, 2, 3), correction=0
-        )
+        var, mean = torch.var_mean(x.to(moments.mean.dtype), (0, 2, 3), correction=0)
         batch = Batch(mean, (var + spec.eps).rsqrt(), batch.count)
     leaves = [t.clone().double().requires_grad_() for t in affine]
     y, *_ = reference.bcn(
-        leaf, spec.num_groups, batch.mean.double(),
-        batch.inv_std.double() ** -2 - spec.eps, *leaves, not estimate, False,
+        leaf,
+        spec.num_groups,
+        batch.mean.double(),
+        batch.inv_std.double() ** -2 - spec.eps,
+        *leaves,
+        not estimate,
+        False,
         0.1,
-    )  # fmt: skip
+    )
     want = torch.autograd.grad(y, [leaf, *leaves], dy.double())
     known = moments, batch, affine, spec
     sums = kernels.backward_reduce(dy, x, *known)
@@ -156,9 +150,11 @@ def test_backward_is_the_derivative(
         size = value.abs().max().item()
         wide = eps if got is dx else torch.finfo(got.dtype).eps
         torch.testing.assert_close(
-            got.double(), value, rtol=4 * wide, atol=1e3 * wide * size
-            if wide < 1e-4 else 2 * wide * size,
-        )  # fmt: skip
+            got.double(),
+            value,
+            rtol=4 * wide,
+            atol=1e3 * wide * size if wide < 1e-4 else 2 * wide * size,
+        )
 
 
 @every_backend
