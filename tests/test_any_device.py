@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from ranks import on_ranks
+from support.ranks import on_ranks
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader

@@ -8,9 +8,9 @@ import json
 from pathlib import Path
 
 import pytest
-import reference
 import torch
 from mmcv.ops import get_compiling_cuda_version
+from support import reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

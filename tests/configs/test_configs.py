@@ -10,16 +10,16 @@ import re
 from itertools import chain
 from pathlib import Path
 
-import authors
 import pytest
 import torch
 import yaml
 from conftest import ROOT, import_mmpretrain
-from dump_state import check_dump, dumping
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import init_default_scope
+from support import authors
+from support.dump_state import check_dump, dumping
 from torch import nn
 
 import bcn_mm

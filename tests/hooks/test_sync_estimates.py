@@ -13,7 +13,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from ranks import on_ranks
+from support.ranks import on_ranks
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 

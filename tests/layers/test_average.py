@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from ranks import on_ranks
+from support.ranks import on_ranks
 from torch import nn
 
 from bcn_mm import BCN, average_estimates

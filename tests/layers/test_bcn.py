@@ -10,7 +10,6 @@ import weakref
 
 import numpy as np
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from mmengine.registry import MODELS
 from mmengine.runner import load_checkpoint
 from mmengine.runner.checkpoint import get_state_dict, load_state_dict
 from mmseg.registry import MODELS as MMSEG
+from support import reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -6,12 +6,12 @@ import pickle
 from unittest import mock
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 from mmcv.cnn import build_norm_layer
 from mmengine.model import revert_sync_batchnorm
-from ranks import on_ranks
+from support import reference
+from support.ranks import on_ranks
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
+from support import reference
 from torch import nn
 
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d

@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import reference
 from torch.autograd import gradcheck
 
 from bcn_mm.ops import batch_channel_norm, default_num_groups

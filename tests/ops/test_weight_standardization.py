@@ -1,9 +1,9 @@
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmcv.cnn.bricks.conv_ws import conv_ws_2d
+from support import reference
 from torch.autograd import gradcheck
 
 from bcn_mm.ops import DIALECTS, standardize_weight

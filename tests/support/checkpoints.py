@@ -3,10 +3,10 @@
 import contextlib
 import logging
 
-import authors
 import torch
 from mmdet.models.backbones import ResNet
 from mmengine.logging import MMLogger
+from support import authors
 
 
 class Evil:

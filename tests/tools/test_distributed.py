@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, run
-from dump_state import check_threads
+from support.dump_state import check_threads
 from test_train_test import (
     CONFIGS,
     QUIET,
@@ -50,7 +50,7 @@ def dumping_ranks(folder: Path, base: str = CONFIG) -> Path:
     config = folder / 'dumping_ranks.py'
     config.write_text(
         f"_base_ = '{ROOT / base}'\n"
-        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_imports = dict(imports=['bcn_mm', 'support.dump_state'])\n"
         "custom_hooks = [dict(type='SyncEstimatesHook'), "
         f"dict(type='DumpRanks', folder='{folder}')]\n"
     )
@@ -156,7 +156,7 @@ def test_fsdp(pair, shapes, tmp_path, python):
     config = tmp_path / 'fsdp.py'
     config.write_text(
         f"_base_ = '{ROOT / CONFIG}'\n"
-        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_imports = dict(imports=['bcn_mm', 'support.dump_state'])\n"
         "runner_type = 'FlexibleRunner'\n"
         "strategy = dict(type='FSDPStrategy', state_dict_cfg='full',\n"
         '    model_wrapper=dict(use_orig_params=True, '

@@ -5,11 +5,11 @@ import re
 import sys
 from collections import OrderedDict
 
-import authors
 import pytest
 import torch
 from conftest import ROOT, run
 from mmdet.models.backbones import ResNet
+from support import authors
 from support.checkpoints import Evil
 from torch import nn
 

@@ -9,7 +9,7 @@ import mmdet
 import pytest
 import torch
 from conftest import ROOT, run
-from dump_state import check_dump, dumping
+from support.dump_state import check_dump, dumping
 
 pytestmark = pytest.mark.slow
 

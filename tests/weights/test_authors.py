@@ -2,7 +2,6 @@
 
 import copy
 
-import authors
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +10,7 @@ from mmdet.models.backbones import ResNeXt
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS as SEG
+from support import authors
 from support.checkpoints import (
     assert_close,
     backbone,

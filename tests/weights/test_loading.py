@@ -1,11 +1,11 @@
 """Foreign checkpoints, loaded into models with BCN."""
 
-import authors
 import pytest
 import torch
 import torch.nn.functional as F
 from mmdet.models.backbones import ResNet
 from mmengine.runner.checkpoint import load_checkpoint
+from support import authors
 from support.checkpoints import (
     assert_close,
     backbone,

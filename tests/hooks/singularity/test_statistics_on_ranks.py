@@ -4,7 +4,7 @@ import os
 
 import torch
 import torch.nn.functional as F
-from ranks import on_ranks
+from support.ranks import on_ranks
 from support.singularity import (
     CHANNELS,
     GLOO,

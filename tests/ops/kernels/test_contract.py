@@ -1,10 +1,10 @@
 """What every backend must do; see bcn_mm/ops/kernels/README.md."""
 
 import pytest
-import reference
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support import reference
 
 from bcn_mm.ops import stages
 from bcn_mm.ops.kernels import BACKENDS, eager, kernels_for, native, using

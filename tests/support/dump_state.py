@@ -32,7 +32,7 @@ def dumping(base: Path, folder: Path) -> Path:
     config = folder / 'dumping.py'
     config.write_text(
         f"_base_ = '{base}'\n"
-        "custom_imports = dict(imports=['bcn_mm', 'dump_state'])\n"
+        "custom_imports = dict(imports=['bcn_mm', 'support.dump_state'])\n"
         "custom_hooks = [dict(type='DumpState', "
         f"path='{folder / 'start.pth'}')]\n"
     )

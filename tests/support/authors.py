@@ -6,7 +6,7 @@ Nothing here is shared with the package.
 
 import torch
 import torch.nn.functional as F
-from reference import standardize
+from support.reference import standardize
 from torch import nn
 
 BLOCKS = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
