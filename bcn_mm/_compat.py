@@ -7,7 +7,6 @@ tools have them through ``custom_imports``; the tools here add
 """
 
 import importlib.util
-import pickle
 import sys
 from collections import OrderedDict
 from functools import partial, wraps
@@ -15,11 +14,9 @@ from importlib import import_module
 from types import SimpleNamespace
 from typing import Callable, Optional, Tuple
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
-from mmengine.logging import HistoryBuffer
 from mmengine.runner import checkpoint as mmengine_checkpoint
 from torch import nn
 from torch.nn.utils import fusion
@@ -28,8 +25,7 @@ from .layers import WS_CONVS
 from .layers.replace import take_hooks
 from .weights.layouts import State
 from .weights.loading import prepare_state_dict
-
-_STATISTICS = ('min', 'max', 'current', 'mean', 'statistics')
+from .weights.unpickling import allow_mmengine_checkpoints, as_data
 
 
 def apply() -> None:
@@ -43,42 +39,15 @@ def apply() -> None:
 # -- reading checkpoints ------------------------------------------------------
 
 
-def _history_statistic(owner: object, name: str) -> Callable:
-    """Stands in for ``getattr`` in checkpoints, where mmengine's
-    ``HistoryBuffer`` pickles its own methods by name; anything else that a
-    file asks it for is refused."""
-    if owner is HistoryBuffer and name in _STATISTICS:
-        return getattr(HistoryBuffer, name)
-    raise pickle.UnpicklingError(
-        f'a checkpoint may not read the attribute {name!r} of {owner!r}'
-    )
-
-
-def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read mmengine's checkpoints.
-
-    They hold log histories and numpy scalars beside the weights. Only these
-    data types are allow-listed, under the names that numpy 1 and 2 write.
-    """
-    if not hasattr(torch.serialization, 'add_safe_globals'):
-        return  # an older torch, whose default is to load everything
-    multiarray = getattr(np, '_core', None) or np.core
-    multiarray = multiarray.multiarray
-    allowed = [HistoryBuffer, np.ndarray, np.dtype]
-    allowed.append((_history_statistic, 'builtins.getattr'))
-    for name in ('scalar', '_reconstruct'):
-        for module in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-            allowed.append((getattr(multiarray, name), f'{module}.{name}'))
-    allowed += {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDU'}
-    torch.serialization.add_safe_globals(allowed)
-
-
 def refuse_code() -> None:
-    """Let mmengine read checkpoints weights only, in the stack's fork too.
+    """Let mmengine read checkpoints weights only, whatever the stack.
 
-    The fork tries that, with ``getattr`` of anything allowed, and where it
-    fails it runs what the file holds.
+    Before torch 2.6, whose ``torch.load`` runs what a file holds unless it is
+    told not to. And in the fork, which tries that, with ``getattr`` of anything
+    allowed, and where it fails it runs what the file holds.
     """
+    if not hasattr(torch.load, '__wrapped__'):
+        torch.load = as_data(torch.load)
     if hasattr(mmengine_checkpoint, '_safe_torch_load'):
         mmengine_checkpoint._safe_torch_load = partial(torch.load, weights_only=True)
 

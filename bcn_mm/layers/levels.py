@@ -13,11 +13,11 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Dict, Iterator, List, Optional
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..ops import exporting, recomputation
+from ..ops._compat import after_every_call, is_dynamo_compiling, module_call
 
 
 class _Pass:
@@ -65,7 +65,7 @@ def _outermost_call(frame: FrameType) -> FrameType:
     calls = []
     above = frame
     while above is not None:
-        if above.f_code is nn.Module._wrapped_call_impl.__code__:
+        if above.f_code is module_call.__code__:
             calls.append(above)
         above = above.f_back
     return calls[-1] if len(calls) > 1 else frame
@@ -84,7 +84,7 @@ _hooks = []
 # what it breaks off may go on in Python: both have to do the same
 def _enter(module: nn.Module, inputs) -> None:
     current, frame = _thread.current, None
-    if not torch.compiler.is_dynamo_compiling():
+    if not is_dynamo_compiling():
         frame = sys._getframe(1)
         if current.depth > 0:
             if current.frame is None:  # what began it is compiled
@@ -104,7 +104,7 @@ def _listen() -> None:
         _hooks.extend(
             (
                 _module.register_module_forward_pre_hook(_enter),
-                _module.register_module_forward_hook(_leave, always_call=True),
+                after_every_call(_leave),
             )
         )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import portable, recomputation
+from ._compat import is_autocast_enabled, is_compiling, uncompiled
 from .estimates import Rule, Running, batch_of
 from .kernels import is_empty, kernels_for
 from .layout import compute_dtype, dense, like, to_dtype
@@ -193,9 +194,9 @@ def batch_channel_norm(
         return (x + anchor).to(x.dtype)
     rule = Rule(training, estimate, momentum, start, eps)
     running = Running(running_mean, running_var, num_batches_tracked)
-    if torch.compiler.is_compiling() and recomputation.active:
+    if is_compiling() and recomputation.active:
         # only Python knows what a checkpoint repeats
-        return _uncompiled(x, running, rule, affine, spec, group)
+        return uncompiled(_normalize)(x, running, rule, affine, spec, group)
     return _normalize(x, running, rule, affine, spec, group)
 
 
@@ -223,15 +224,10 @@ def _normalize(
         return kernels.normalize(x, moments, batch, affine, spec)
 
 
-def _uncompiled(*args) -> Tensor:
-    # at the call: it imports all of the compiler
-    return torch.compiler.disable(_normalize)(*args)
-
-
 def _autocast_off(x: Tensor) -> ContextManager:
     """A context in which statistics keep their dtype, free if it is so."""
     kind = x.device.type
-    if kind == 'meta' or not torch.is_autocast_enabled(kind):
+    if kind == 'meta' or not is_autocast_enabled(kind):
         return nullcontext()
     return torch.autocast(kind, enabled=False)
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import recomputation
+from ._compat import is_compiling, opaque_operator
 from .layout import to_dtype
 from .stages import Batch, Moments
 
@@ -100,7 +101,7 @@ def _as_they_are(running: Running, rule: Rule, dtype: torch.dtype) -> Batch:
     # a copy: a later pass moves the buffer in place, and the backward pass of
     # this one must not see that
     mean, var, _ = running
-    if rule.training and torch.compiler.is_compiling():
+    if rule.training and is_compiling():
         mean, var = _snapshot(mean), _snapshot(var)
     else:
         mean = mean.clone()
@@ -108,18 +109,7 @@ def _as_they_are(running: Running, rule: Rule, dtype: torch.dtype) -> Batch:
     return Batch(mean, (var + rule.eps).rsqrt_(), None)
 
 
-@torch.library.custom_op('bcn_mm::snapshot', mutates_args=())
-def _snapshot(t: Tensor) -> Tensor:
-    """A clone that compilers must keep for the backward pass.
-
-    AOTAutograd recomputes there what is cheap, and takes no notice that the
-    buffers which estimates are computed from have moved by then.
-    """
-    return t.clone()
-
-
-@_snapshot.register_fake
-def _(t: Tensor) -> Tensor:
+def _fake_snapshot(t: Tensor) -> Tensor:
     if recomputation.compiled():
         raise RuntimeError(
             'torch.compile recomputes what is checkpointed inside of it with '
@@ -127,6 +117,14 @@ def _(t: Tensor) -> Tensor:
             'checkpoint(torch.compile(block), x)'
         )
     return torch.empty_like(t)
+
+
+# A clone that compilers must keep for the backward pass: AOTAutograd recomputes
+# there what is cheap, and takes no notice that the buffers which estimates are
+# computed from have moved by then.
+_snapshot = opaque_operator(
+    'bcn_mm::snapshot(Tensor t) -> Tensor', torch.clone, _fake_snapshot
+)
 
 
 def _statistics(

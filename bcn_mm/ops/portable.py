@@ -11,6 +11,7 @@ from typing import Optional, Tuple
 import torch
 from torch import Tensor
 
+from ._compat import is_exporting
 from .layout import compute_dtype, to_dtype
 from .stages import Affine, Batch, Spec
 
@@ -22,8 +23,7 @@ def exporting() -> bool:
     is recorded must consist of plain operators and hold for other inputs too,
     so it can neither look at values nor take the native shortcuts.
     """
-    recording = getattr(torch.compiler, 'is_exporting', bool)  # torch >= 2.7
-    return torch.jit.is_tracing() or recording()
+    return torch.jit.is_tracing() or is_exporting()
 
 
 def transforming() -> bool:

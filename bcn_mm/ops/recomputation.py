@@ -15,6 +15,8 @@ from typing import Any, Callable, Iterator, List, NamedTuple, Optional
 import torch
 from torch.utils import checkpoint as _checkpoint
 
+from ._compat import is_compiling
+
 #: Whether a thread is within a checkpointed part of a pass. What
 #: ``torch.compile`` has compiled is guarded by it.
 active = False
@@ -42,7 +44,7 @@ def once(compute: Callable[[], Any]) -> Any:
 
     Calls are told apart by their order within the checkpointed function.
     """
-    if torch.compiler.is_compiling() or not _stack.runs:
+    if is_compiling() or not _stack.runs:
         return compute()
     recording = []
     for run in reversed(_stack.runs):
@@ -65,7 +67,7 @@ def once(compute: Callable[[], Any]) -> Any:
 def by_others() -> bool:
     """Whether this pass is repeated by something that has no tape."""
     return (
-        not torch.compiler.is_compiling()
+        not is_compiling()
         and torch._C._current_graph_task_id() != -1
         and all(run.position is None for run in _stack.runs)
     )
@@ -125,11 +127,19 @@ def extend_checkpoint() -> None:
     if hasattr(reentrant.forward, '__wrapped__'):
         return
     forward = reentrant.forward
-    generate = _checkpoint._checkpoint_without_reentrant_generator
+    generate = getattr(_checkpoint, '_checkpoint_without_reentrant_generator', None)
 
     @functools.wraps(forward)
     def tape_forward(ctx, run_function, *args):
         return forward(ctx, taped(run_function), *args)
+
+    reentrant.forward = staticmethod(tape_forward)
+    if generate is None:  # torch 2.0
+        run = _checkpoint._checkpoint_without_reentrant
+        _checkpoint._checkpoint_without_reentrant = functools.wraps(run)(
+            lambda function, *args, **kwargs: run(taped(function), *args, **kwargs)
+        )
+        return
 
     @functools.wraps(generate)
     def tape_generator(fn, *args, **kwargs):
@@ -137,5 +147,4 @@ def extend_checkpoint() -> None:
         with _running(tape, again=False):
             yield from generate(taped(fn, tape), *args, **kwargs)
 
-    reentrant.forward = staticmethod(tape_forward)
     _checkpoint._checkpoint_without_reentrant_generator = tape_generator

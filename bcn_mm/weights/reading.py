@@ -4,12 +4,11 @@ import os
 import pickle
 import re
 
-import torch
 from torch import Tensor, nn
 
-from .._compat import allow_mmengine_checkpoints
 from ..errors import InputError
 from .layouts import State
+from .unpickling import load_weights
 
 
 def read_checkpoint(path: str) -> dict:
@@ -24,10 +23,8 @@ def read_checkpoint(path: str) -> dict:
     """
     if not os.path.isfile(path):
         raise InputError(f'checkpoint {path} does not exist')
-    # again: torch's safe_globals(), where somebody used it, took them back
-    allow_mmengine_checkpoints()
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = load_weights(path)
     except pickle.UnpicklingError as e:
         found = re.search(r'GLOBAL ([\w.]+)|attribute .*', str(e))
         what = f' ({found.group(0)})' if found else ''

@@ -10,9 +10,9 @@ import os
 from contextlib import contextmanager
 from typing import Iterator
 
-import torch
 from torch import Tensor
 
+from .._compat import is_compiling
 from ..portable import transforming
 from .eager import Eager, Empty, Functional
 from .native import Native
@@ -70,7 +70,7 @@ def kernels_for(x: Tensor) -> Eager:
     """
     if is_empty(x):
         return _EMPTY
-    if torch.compiler.is_compiling() or transforming():
+    if is_compiling() or transforming():
         return _FUNCTIONAL
     if _choice == 'auto':
         return next(b for b in BACKENDS.values() if b.serves(x))

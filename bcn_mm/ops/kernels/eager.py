@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import stages
+from .._compat import addcmul_into
 from ..layout import compute_dtype, flat, over
 from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
 
@@ -124,7 +125,7 @@ class Eager:
         y = torch.empty_like(x)
         rows = (t.unsqueeze(2) for t in (moments.mean, scale, at_mean))
         for part, out, m, a, b in _portions(flat(x), flat(y), *rows):
-            torch.addcmul(b, part - m, a, out=out)
+            addcmul_into(b, part - m, a, out=out)
         return y
 
     def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
@@ -147,7 +148,7 @@ class Eager:
         ):
             d_m, m, d_a, a, b = known
             part = torch.addcmul(b, part - m, a)
-            torch.addcmul(part, d - d_m, d_a, out=out)
+            addcmul_into(part, d - d_m, d_a, out=out)
         return dx
 
 

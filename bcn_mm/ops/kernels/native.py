@@ -11,6 +11,7 @@ from typing import Iterator, Optional, Tuple
 import torch
 from torch import Tensor
 
+from .._compat import HALF_BATCH_NORM, addcmul_into
 from ..layout import flat
 from ..stages import InputGradient, Moments
 from .eager import Eager
@@ -34,7 +35,8 @@ class Native(Eager):
     """The CPU's own route."""
 
     def serves(self, x: Tensor) -> bool:
-        return x.device.type == 'cpu'
+        half = x.dtype == torch.float16
+        return x.device.type == 'cpu' and (HALF_BATCH_NORM or not half)
 
     def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
         """From sums and sums of squares.
@@ -109,9 +111,10 @@ class Native(Eager):
             step = max(1, _PORTION // x.shape[2:].numel())
             parts = (t.view(mean.numel(), -1) for t in (dx, dy, g.dy_scale))
             for out, d, scale in zip(*(t.split(step) for t in parts)):
-                out.addcmul_(d, scale)
+                addcmul_into(out, d, scale, out=out)
         else:
-            flat(dx).addcmul_(flat(dy), g.dy_scale.unsqueeze(2))
+            out = flat(dx)
+            addcmul_into(out, flat(dy), g.dy_scale.unsqueeze(2), out=out)
         for n, c in _far_rows(x, moments):
             m, d_m, d_a, a, b = (t[n, c, None] for t in (mean, *g))
             part = torch.addcmul(b, flat(x)[n, c].to(mean.dtype) - m, a)
@@ -125,7 +128,7 @@ def _scale(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     rows = _rows(x)
     if rows is None:
         y = torch.empty_like(x)
-        torch.addcmul(shift.unsqueeze(2), flat(x), scale.unsqueeze(2), out=flat(y))
+        addcmul_into(shift.unsqueeze(2), flat(x), scale.unsqueeze(2), out=flat(y))
         return y
     zero = scale.new_zeros(scale.numel())
     # running statistics 0 and 0 with eps 1 make a batch norm a plain affine

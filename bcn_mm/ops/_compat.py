@@ -1,0 +1,137 @@
+"""What the versions of torch, 2.0 and later, call differently or lack.
+
+Asked once, when it is imported; nothing here patches anything. (Patches are
+those of :mod:`bcn_mm._compat`, which needs the mm packages.)
+"""
+
+from typing import Callable, List, Tuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+from torch.utils.hooks import RemovableHandle
+
+
+def version_of(text: str) -> Tuple[int, int]:
+    """Major and minor number of a version, whatever follows them.
+
+    Example:
+        >>> version_of('2.13.0+cpu'), version_of('2.1.0a0+32f93b1')
+        ((2, 13), (2, 1))
+    """
+    major, minor = text.split('.')[:2]
+    return int(major), int(minor)
+
+
+#: Major and minor number of this torch.
+TORCH = version_of(torch.__version__)
+#: The oldest one that is supported.
+OLDEST = (2, 0)
+
+if TORCH < OLDEST:
+    raise ImportError(
+        f'bcn_mm needs torch {OLDEST[0]}.{OLDEST[1]} or later, but this is torch '
+        f'{torch.__version__}; update it, with an mmcv that was built for the new one'
+    )
+
+
+def _since(home: object, name: str, otherwise: Callable) -> Callable:
+    return getattr(home, name, otherwise)
+
+
+_compiler = getattr(torch, 'compiler', None)  # torch >= 2.1
+
+#: Whether torch.compile or torch.export traces this call. torch.compile knows
+#: these functions, and takes their answers for constants.
+is_compiling = _since(_compiler, 'is_compiling', torch._utils.is_compiling)
+#: Whether Dynamo does; torch.export's other route does not count.
+is_dynamo_compiling = _since(_compiler, 'is_dynamo_compiling', is_compiling)
+#: Whether torch.export does (torch >= 2.7; before, nobody says).
+is_exporting = _since(_compiler, 'is_exporting', bool)
+
+
+def uncompiled(function: Callable) -> Callable:
+    """What ``torch.compile`` leaves to Python.
+
+    To be called when it is needed: it imports all of the compiler.
+    """
+    if _compiler is not None:
+        return _compiler.disable(function)
+    import torch._dynamo
+
+    return torch._dynamo.disable(function)
+
+
+def is_autocast_enabled(device_type: str) -> bool:
+    """Whether autocast is on for a type of device."""
+    if TORCH >= (2, 4):
+        return torch.is_autocast_enabled(device_type)
+    if device_type == 'cpu':
+        return torch.is_autocast_cpu_enabled()
+    return device_type == 'cuda' and torch.is_autocast_enabled()
+
+
+def _works(function: Callable) -> bool:
+    try:
+        function()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _add_and_cast(a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> Tensor:
+    return out.copy_(torch.addcmul(a, b, c))
+
+
+_one, _half = torch.ones(1), torch.ones(1, dtype=torch.float16)
+
+#: ``addcmul(a, b, c, out=out)``, where ``out`` may be of a lower precision. The
+#: CPU's of torch 2.0 and 2.1 refuses that.
+addcmul_into: Callable[..., Tensor] = (
+    torch.addcmul
+    if _works(lambda: torch.addcmul(_one, _one, _one, out=_half.clone()))
+    else _add_and_cast
+)
+#: Whether batch norms take float16 on the CPU; in torch 2.0 and 2.1 they do not.
+HALF_BATCH_NORM = _works(
+    lambda: torch.batch_norm(
+        _half[None], None, None, _one, _one, False, 0.0, 1.0, False
+    )
+)
+
+#: The function within which every call of a module is.
+module_call = getattr(nn.Module, '_wrapped_call_impl', nn.Module._call_impl)
+
+
+def after_every_call(hook: Callable) -> RemovableHandle:
+    """Call ``hook(module, inputs, output)`` after all calls of modules.
+
+    Also after those that an error ended, which torch 2.0 cannot.
+    """
+    always = dict(always_call=True) if TORCH >= (2, 1) else {}
+    return _module.register_module_forward_hook(hook, **always)
+
+
+def opaque_operator(schema: str, compute: Callable, fake: Callable) -> Callable:
+    """Register an operator that compilers call, and do not look into.
+
+    Args:
+        schema (str): Namespace, name, arguments and results, in the language
+            of torch's operators: ``'mine::twice(Tensor x) -> Tensor'``.
+        compute (callable): What it does, on every device.
+        fake (callable): The same of the shapes alone.
+
+    Returns:
+        callable: the operator.
+    """
+    # not torch.library.custom_op, which is of torch 2.4
+    namespace, definition = schema.split('::')
+    library = torch.library.Library(namespace, 'FRAGMENT' if TORCH >= (2, 1) else 'DEF')
+    name = library.define(definition)
+    library.impl(name, compute, 'CompositeExplicitAutograd')
+    library.impl(name, fake, 'Meta')
+    _libraries.append(library)  # what it registers ends with it
+    return getattr(getattr(torch.ops, namespace), name)
+
+
+_libraries: List[torch.library.Library] = []
