@@ -5,6 +5,8 @@ import re
 
 import pytest
 import torch
+from conftest import ROOT
+from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from support import authors
 from support.recipes import CONFIGS, NORMS, load, norm_of
@@ -136,3 +138,16 @@ def norms_of(model):
     for name, m in model.named_modules():
         if isinstance(m, (BATCH_NORMS, nn.GroupNorm)):
             yield name, m
+
+
+def test_fragments():
+    """Each is some recipe's base; none has a model, which the stock bases have."""
+    fragments = set((ROOT / 'configs' / '_base_').rglob('*.py'))
+    assert fragments
+    used = set()
+    for path in [*CONFIGS, *fragments]:
+        bases = re.findall(r"'(\.[^']+\.py)'", path.read_text())
+        used |= {(path.parent / base).resolve() for base in bases}
+    assert fragments <= used
+    for path in fragments:
+        assert 'model' not in Config.fromfile(path)
