@@ -2,6 +2,7 @@
 
 import pytest
 from mmengine.hub import get_config as stock_get_config
+from support.recipes import CONFIGS
 
 import bcn_mm
 
@@ -9,6 +10,7 @@ import bcn_mm
 def test_names():
     names = bcn_mm.list_models()
     assert len(names) == len(set(names)) > 50 and names == sorted(names)
+    assert names == sorted(path.stem for path in CONFIGS)
     found = bcn_mm.list_models('mask-rcnn_r50*bcn-ws*coco')
     assert 'mask-rcnn_r50_fpn_bcn-ws-all_2x_coco' in found
     assert all('mask-rcnn_r50' in name for name in found)

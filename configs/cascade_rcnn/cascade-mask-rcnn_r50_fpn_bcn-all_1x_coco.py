@@ -1,20 +1,14 @@
 # BCN without Weight Standardization, from the stock BatchNorm backbone.
 _base_ = './cascade-mask-rcnn_r50_fpn_bcn-ws-all_1x_coco.py'
 conv_cfg = None
+norm_and_conv = dict(conv_cfg=conv_cfg)
 model = dict(
-    backbone=dict(
-        conv_cfg=conv_cfg,
-        init_cfg=dict(
-            _delete_=True,
-            type='Pretrained',
-            checkpoint='torchvision://resnet50',
-        ),
-    ),
-    neck=dict(conv_cfg=conv_cfg),
+    backbone=dict(norm_and_conv, init_cfg=dict(checkpoint='torchvision://resnet50')),
+    neck=norm_and_conv,
     roi_head=dict(
         bbox_head=[
-            dict(head, conv_cfg=conv_cfg) for head in _base_.model.roi_head.bbox_head
+            dict(head, **norm_and_conv) for head in _base_.model.roi_head.bbox_head
         ],
-        mask_head=dict(conv_cfg=conv_cfg),
+        mask_head=norm_and_conv,
     ),
 )

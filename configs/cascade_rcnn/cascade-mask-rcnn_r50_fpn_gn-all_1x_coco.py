@@ -2,6 +2,7 @@
 # with the pixels that it was trained on.
 _base_ = './cascade-mask-rcnn_r50_fpn_gn-ws-all_1x_coco.py'
 conv_cfg = None
+norm_and_conv = dict(conv_cfg=conv_cfg)
 model = dict(
     data_preprocessor=dict(
         mean=[103.530, 116.280, 123.675],
@@ -9,14 +10,14 @@ model = dict(
         bgr_to_rgb=False,
     ),
     backbone=dict(
-        conv_cfg=conv_cfg,
+        norm_and_conv,
         init_cfg=dict(checkpoint='open-mmlab://detectron/resnet50_gn'),
     ),
-    neck=dict(conv_cfg=conv_cfg),
+    neck=norm_and_conv,
     roi_head=dict(
         bbox_head=[
-            dict(head, conv_cfg=conv_cfg) for head in _base_.model.roi_head.bbox_head
+            dict(head, **norm_and_conv) for head in _base_.model.roi_head.bbox_head
         ],
-        mask_head=dict(conv_cfg=conv_cfg),
+        mask_head=norm_and_conv,
     ),
 )

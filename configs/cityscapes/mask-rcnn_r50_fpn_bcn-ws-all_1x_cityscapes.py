@@ -1,28 +1,19 @@
 # Mask R-CNN on Cityscapes with BCN and Weight Standardization in the backbone,
 # the neck and both heads, one image per GPU.
-_base_ = 'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py'
-custom_imports = dict(imports=['bcn_mm'])
-custom_hooks = [dict(type='SyncEstimatesHook')]
-
-norm_cfg = dict(type='BCN')
-# as the COCO model
-conv_cfg = dict(type='WSConv2d', dialect='var')
+_base_ = [
+    'mmdet::cityscapes/mask-rcnn_r50_fpn_1x_cityscapes.py',
+    '../_base_/detector.py',
+]
+norm_and_conv = _base_.norm_and_conv
 model = dict(
-    backbone=dict(
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
-        norm_eval=False,
-        frozen_stages=-1,
-    ),
-    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    # the COCO model has the backbone
+    backbone=dict(_base_.bcn_ws_backbone, init_cfg=None),
+    neck=norm_and_conv,
     roi_head=dict(
         bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead',
-            conv_out_channels=256,
-            norm_cfg=norm_cfg,
-            conv_cfg=conv_cfg,
+            norm_and_conv, type='Shared4Conv1FCBBoxHead', conv_out_channels=256
         ),
-        mask_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+        mask_head=norm_and_conv,
     ),
 )
 # the stock one has other norms; name a COCO model of the same recipe instead

@@ -1,33 +1,30 @@
 # DeepLabV3 on Pascal VOC as the paper's authors train it: 50 epochs of 16
 # images over all GPUs, with the batch statistics of all of them.
-_base_ = 'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-40k_voc12aug-512x512.py'
-custom_imports = dict(imports=['bcn_mm'])
-custom_hooks = [dict(type='SyncEstimatesHook')]
+_base_ = [
+    'mmseg::deeplabv3/deeplabv3_r50-d8_4xb4-40k_voc12aug-512x512.py',
+    '../_base_/bcn-ws.py',
+    '../_base_/backbones/r101_bcn-ws.py',
+]
 
 crop_size = (513, 513)
 norm_cfg = dict(type='SyncBCN', estimate=False)
-# the dialect of the checkpoint
-conv_cfg = dict(type='WSConv2d', dialect='var')
+norm_and_conv = dict(norm_cfg=norm_cfg, conv_cfg=_base_.conv_cfg)
 model = dict(
     data_preprocessor=dict(size=crop_size),
     pretrained=None,
     backbone=dict(
+        norm_and_conv,
         type='ResNet',
-        depth=101,
         strides=(1, 2, 2, 1),
         dilations=(1, 1, 1, 2),
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
-        # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn101_bcn_ws_mm.pth'),
+        **_base_.r101,
     ),
     decode_head=dict(
+        norm_and_conv,
         channels=256,
         dilations=(1, 6, 12, 18),
         dropout_ratio=0,
         align_corners=True,
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
     ),
     auxiliary_head=None,
 )

@@ -1,7 +1,5 @@
-_base_ = './deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-769x769.py'
-model = dict(
-    backbone=dict(
-        depth=101,
-        init_cfg=dict(checkpoint='checkpoints/rn101_bcn_ws_mm.pth'),
-    )
-)
+_base_ = [
+    './deeplabv3_r50-d8_bcn-ws_8xb1-80k_cityscapes-769x769.py',
+    '../_base_/backbones/r101_bcn-ws.py',
+]
+model = dict(backbone=_base_.r101)

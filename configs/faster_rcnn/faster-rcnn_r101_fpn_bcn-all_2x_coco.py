@@ -1,4 +1,5 @@
-_base_ = './faster-rcnn_r50_fpn_bcn-all_2x_coco.py'
-model = dict(
-    backbone=dict(depth=101, init_cfg=dict(checkpoint='torchvision://resnet101'))
-)
+_base_ = [
+    './faster-rcnn_r50_fpn_bcn-all_2x_coco.py',
+    '../_base_/backbones/r101_bn.py',
+]
+model = dict(backbone=_base_.r101)

@@ -1,7 +1,5 @@
-_base_ = './faster-rcnn_r50_fpn_bcn-ws-all_1x_coco.py'
-model = dict(
-    backbone=dict(
-        depth=101,
-        init_cfg=dict(checkpoint='checkpoints/rn101_bcn_ws_mm.pth'),
-    )
-)
+_base_ = [
+    './faster-rcnn_r50_fpn_bcn-ws-all_1x_coco.py',
+    '../_base_/backbones/r101_bcn-ws.py',
+]
+model = dict(backbone=_base_.r101)

@@ -2,6 +2,7 @@
 # with the pixels that it was trained on.
 _base_ = './faster-rcnn_r50_fpn_gn-ws-all_2x_coco.py'
 conv_cfg = None
+norm_and_conv = dict(conv_cfg=conv_cfg)
 model = dict(
     data_preprocessor=dict(
         mean=[103.530, 116.280, 123.675],
@@ -9,9 +10,9 @@ model = dict(
         bgr_to_rgb=False,
     ),
     backbone=dict(
-        conv_cfg=conv_cfg,
+        norm_and_conv,
         init_cfg=dict(checkpoint='open-mmlab://detectron/resnet50_gn'),
     ),
-    neck=dict(conv_cfg=conv_cfg),
-    roi_head=dict(bbox_head=dict(conv_cfg=conv_cfg)),
+    neck=norm_and_conv,
+    roi_head=dict(bbox_head=norm_and_conv),
 )

@@ -1,8 +1,9 @@
 # Baseline: SyncBN over all GPUs wherever BCN is.
 _base_ = './faster-rcnn_r50_fpn_bcn-all_2x_coco.py'
 norm_cfg = dict(_delete_=True, type='SyncBN')
+norm_and_conv = dict(norm_cfg=norm_cfg)
 model = dict(
-    backbone=dict(norm_cfg=norm_cfg),
-    neck=dict(norm_cfg=norm_cfg),
-    roi_head=dict(bbox_head=dict(norm_cfg=norm_cfg)),
+    backbone=norm_and_conv,
+    neck=norm_and_conv,
+    roi_head=dict(bbox_head=norm_and_conv),
 )

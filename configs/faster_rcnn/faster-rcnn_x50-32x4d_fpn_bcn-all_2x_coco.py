@@ -1,9 +1,5 @@
-_base_ = './faster-rcnn_r50_fpn_bcn-all_2x_coco.py'
-model = dict(
-    backbone=dict(
-        type='ResNeXt',
-        groups=32,
-        base_width=4,
-        init_cfg=dict(checkpoint='open-mmlab://resnext50_32x4d'),
-    )
-)
+_base_ = [
+    './faster-rcnn_r50_fpn_bcn-all_2x_coco.py',
+    '../_base_/backbones/x50-32x4d_bn.py',
+]
+model = dict(backbone=_base_.x50)

@@ -1,9 +1,5 @@
-_base_ = './faster-rcnn_r50_fpn_bcn-ws-all_2x_coco.py'
-model = dict(
-    backbone=dict(
-        type='ResNeXt',
-        groups=32,
-        base_width=4,
-        init_cfg=dict(checkpoint='checkpoints/rx50_bcn_ws_mm.pth'),
-    )
-)
+_base_ = [
+    './faster-rcnn_r50_fpn_bcn-ws-all_2x_coco.py',
+    '../_base_/backbones/x50-32x4d_bcn-ws.py',
+]
+model = dict(backbone=_base_.x50)

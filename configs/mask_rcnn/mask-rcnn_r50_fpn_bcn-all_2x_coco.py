@@ -2,18 +2,9 @@
 # BatchNorm backbone, whose norms load into BCN's batch stage.
 _base_ = './mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py'
 conv_cfg = None
+norm_and_conv = dict(conv_cfg=conv_cfg)
 model = dict(
-    backbone=dict(
-        conv_cfg=conv_cfg,
-        init_cfg=dict(
-            _delete_=True,
-            type='Pretrained',
-            checkpoint='torchvision://resnet50',
-        ),
-    ),
-    neck=dict(conv_cfg=conv_cfg),
-    roi_head=dict(
-        bbox_head=dict(conv_cfg=conv_cfg),
-        mask_head=dict(conv_cfg=conv_cfg),
-    ),
+    backbone=dict(norm_and_conv, init_cfg=dict(checkpoint='torchvision://resnet50')),
+    neck=norm_and_conv,
+    roi_head=dict(bbox_head=norm_and_conv, mask_head=norm_and_conv),
 )

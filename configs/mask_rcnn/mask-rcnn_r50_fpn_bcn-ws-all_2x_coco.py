@@ -1,30 +1,18 @@
 # Mask R-CNN with BCN and Weight Standardization in the backbone, the neck and
 # both heads, one image per GPU.
-_base_ = 'mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py'
-custom_imports = dict(imports=['bcn_mm'])
-custom_hooks = [dict(type='SyncEstimatesHook')]
-
-norm_cfg = dict(type='BCN')
-# the dialect of the checkpoint
-conv_cfg = dict(type='WSConv2d', dialect='var')
+_base_ = [
+    'mmdet::mask_rcnn/mask-rcnn_r50_fpn_2x_coco.py',
+    '../_base_/detector.py',
+]
+norm_and_conv = _base_.norm_and_conv
 model = dict(
-    backbone=dict(
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
-        norm_eval=False,
-        frozen_stages=-1,
-        # the authors'; mask_rcnn/README.md says how to get it
-        init_cfg=dict(type='Pretrained', checkpoint='checkpoints/rn50_bcn_ws_mm.pth'),
-    ),
-    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    backbone=_base_.bcn_ws_backbone,
+    neck=norm_and_conv,
     roi_head=dict(
         bbox_head=dict(
-            type='Shared4Conv1FCBBoxHead',
-            conv_out_channels=256,
-            norm_cfg=norm_cfg,
-            conv_cfg=conv_cfg,
+            norm_and_conv, type='Shared4Conv1FCBBoxHead', conv_out_channels=256
         ),
-        mask_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+        mask_head=norm_and_conv,
     ),
 )
 

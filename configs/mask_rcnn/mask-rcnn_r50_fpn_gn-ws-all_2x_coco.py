@@ -2,20 +2,13 @@
 _base_ = './mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py'
 norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 conv_cfg = dict(_delete_=True, type='ConvWS')
+norm_and_conv = dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg)
 model = dict(
     backbone=dict(
+        norm_and_conv,
         frozen_stages=1,
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
-        init_cfg=dict(
-            _delete_=True,
-            type='Pretrained',
-            checkpoint='open-mmlab://jhu/resnet50_gn_ws',
-        ),
+        init_cfg=dict(checkpoint='open-mmlab://jhu/resnet50_gn_ws'),
     ),
-    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
-    roi_head=dict(
-        bbox_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
-        mask_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
-    ),
+    neck=norm_and_conv,
+    roi_head=dict(bbox_head=norm_and_conv, mask_head=norm_and_conv),
 )

@@ -2,9 +2,10 @@
 # BatchNorm backbone, whose norms load into BCN's batch stage.
 _base_ = './pspnet_r50-d8_bcn-ws_8xb1-80k_cityscapes-512x1024.py'
 conv_cfg = None
+norm_and_conv = dict(conv_cfg=conv_cfg)
 model = dict(
     pretrained='open-mmlab://resnet50_v1c',
-    backbone=dict(type='ResNetV1c', conv_cfg=conv_cfg, init_cfg=None),
-    decode_head=dict(conv_cfg=conv_cfg),
-    auxiliary_head=dict(conv_cfg=conv_cfg),
+    backbone=dict(norm_and_conv, type='ResNetV1c', init_cfg=None),
+    decode_head=norm_and_conv,
+    auxiliary_head=norm_and_conv,
 )

@@ -3,9 +3,8 @@
 _base_ = [
     'mmseg::_base_/models/deeplabv3_r50-d8.py',
     'mmseg::_base_/default_runtime.py',
+    '../_base_/bcn.py',
 ]
-custom_imports = dict(imports=['bcn_mm'])
-custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(_delete_=True, type='BCN')
 conv_cfg = dict(type='WSConv2d')

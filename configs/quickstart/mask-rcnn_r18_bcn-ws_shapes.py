@@ -4,9 +4,8 @@ _base_ = [
     'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/default_runtime.py',
+    '../_base_/bcn.py',
 ]
-custom_imports = dict(imports=['bcn_mm'])
-custom_hooks = [dict(type='SyncEstimatesHook')]
 
 norm_cfg = dict(type='BCN')
 conv_cfg = dict(type='WSConv2d')

@@ -2,17 +2,13 @@
 _base_ = './retinanet_r50_fpn_bcn-ws-all_1x_coco.py'
 norm_cfg = dict(_delete_=True, type='GN', num_groups=32)
 conv_cfg = dict(_delete_=True, type='ConvWS')
+norm_and_conv = dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg)
 model = dict(
     backbone=dict(
+        norm_and_conv,
         frozen_stages=1,
-        norm_cfg=norm_cfg,
-        conv_cfg=conv_cfg,
-        init_cfg=dict(
-            _delete_=True,
-            type='Pretrained',
-            checkpoint='open-mmlab://jhu/resnet50_gn_ws',
-        ),
+        init_cfg=dict(checkpoint='open-mmlab://jhu/resnet50_gn_ws'),
     ),
-    neck=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
-    bbox_head=dict(norm_cfg=norm_cfg, conv_cfg=conv_cfg),
+    neck=norm_and_conv,
+    bbox_head=norm_and_conv,
 )
