@@ -1,16 +1,19 @@
 """Files that are there whole or not at all."""
 
+import json
 import os
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Any, Iterator, Union
+
+_Path = Union[str, 'os.PathLike[str]']
 
 
 @contextmanager
-def replacing(path: str, suffix: str = '.part') -> Iterator[str]:
+def replacing(path: _Path, suffix: str = '.part') -> Iterator[str]:
     """A draft beside a file, moved into its place when all went well.
 
     Args:
-        path (str): The file. Its folder is made if there is none.
+        path (str or PathLike): The file. Its folder is made if there is none.
         suffix (str): Of the draft's name, for writers that go by it.
 
     Yields:
@@ -29,3 +32,9 @@ def replacing(path: str, suffix: str = '.part') -> Iterator[str]:
     finally:
         if os.path.exists(draft):
             os.remove(draft)
+
+
+def write_json(path: _Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with replacing(path) as draft, open(draft, 'w') as file:
+        file.write(json.dumps(content, indent=1) + '\n')

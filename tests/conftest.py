@@ -1,5 +1,6 @@
 import contextlib
 import enum
+import functools
 import importlib
 import os
 import runpy
@@ -16,7 +17,8 @@ from mmengine.logging import MMLogger
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(Path(__file__).parent))
+# what tests share, and the studies
+sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 # Equal runs try equal examples; raise max_examples to search for new ones.
 settings.register_profile('fixed', derandomize=True, deadline=None)
@@ -126,15 +128,20 @@ def import_mmpretrain():
 
 @pytest.fixture
 def refused(capsys, monkeypatch):
-    """Run a tool in this process; its one line of complaint."""
+    """Run a tool, or -m and a module, in this process; its one line of complaint."""
     logger = MMLogger.get_current_instance()
     level = logger.level
 
     def call(tool, *words):
+        if tool == '-m':
+            module, *words = words
+            start = functools.partial(runpy.run_module, module)
+        else:
+            monkeypatch.syspath_prepend(str((ROOT / tool).parent))
+            start = functools.partial(runpy.run_path, str(ROOT / tool))
         monkeypatch.setattr(sys, 'argv', [tool, *map(str, words)])
-        monkeypatch.syspath_prepend(str((ROOT / tool).parent))
         with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / tool), run_name='__main__')
+            start(run_name='__main__')
         assert end.value.code == 1
         (line,) = capsys.readouterr().err.strip().splitlines()
         return line

@@ -1,8 +1,9 @@
+import json
 import os
 
 import pytest
 
-from bcn_mm._files import replacing
+from bcn_mm._files import replacing, write_json
 
 
 @pytest.mark.parametrize('suffix', ['.part', '.part.png'])
@@ -35,3 +36,14 @@ def test_a_writer_that_wrote_nothing(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(str(tmp_path / 'out')):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_json(tmp_path):
+    path = tmp_path / 'new' / 'x.json'
+    for content in (dict(a=[1.5, None]), ['b']):
+        write_json(path, content)
+        assert json.loads(path.read_text()) == content
+        with pytest.raises(TypeError):
+            write_json(path, {1, 2})
+        assert json.loads(path.read_text()) == content
+        assert [f.name for f in path.parent.iterdir()] == ['x.json']

@@ -20,15 +20,11 @@ import numpy as np
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
 from rich.table import Table
+
+from bcn_mm._files import replacing
+from bcn_mm.engine.progress import progress_bar
 
 ROOT = Path(__file__).resolve().parents[1]
 NORMS = {'bcn-ws': 'BCN + WS', 'gn-ws': 'GN + WS', 'bn': 'BN'}
@@ -71,14 +67,6 @@ def call(words: list, log: Path, what: str, environment: dict, passes: int = 1) 
     """Run one of the tools with a progress bar fed by what it logs."""
     console.print(f'[dim]$ {shlex.join(["python", *map(str, words)])}')
     log.parent.mkdir(parents=True, exist_ok=True)
-    columns = (
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn('{task.fields[loss]}'),
-    )
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
@@ -89,11 +77,8 @@ def call(words: list, log: Path, what: str, environment: dict, passes: int = 1) 
         errors='replace',
     )
     last, tenths = '', 0
-    with (
-        Progress(*columns, console=console) as bar,
-        log.open('w', buffering=1) as file,
-        process,
-    ):
+    bar = progress_bar(TextColumn('{task.fields[loss]}'), console=console)
+    with bar, log.open('w', buffering=1) as file, process:
         task = bar.add_task(what, total=None, loss='')
         for line in process.stdout:
             file.write(line)
@@ -200,10 +185,9 @@ def draw_sheet(rows: list, path: Path) -> None:
     for axis in axes.flat:
         axis.axis('off')
     figure.tight_layout(pad=0.4)
-    draft = path.with_suffix('.part.png')
-    figure.savefig(draft, dpi=110)
+    with replacing(path, '.part.png') as draft:
+        figure.savefig(draft, dpi=110)
     plt.close(figure)
-    draft.replace(path)
 
 
 def show_table(task: Task, rows: list, sheet: Path, args) -> None:

@@ -1,8 +1,8 @@
 """Test (and evaluate) a detector or a segmenter."""
 
 import argparse
+import contextlib
 import copy
-import os
 import os.path as osp
 
 import mmengine
@@ -11,6 +11,7 @@ from mmengine.dist import is_main_process
 from mmengine.evaluator import DumpResults
 from mmengine.registry import METRICS
 
+from bcn_mm._files import replacing
 from bcn_mm.engine.cli import add_arguments, load_config, one_line_errors
 from bcn_mm.engine.launch import build_runner
 from bcn_mm.errors import InputError
@@ -118,38 +119,37 @@ def add_dump(cfg: Config, out: str) -> None:
 
 def main() -> None:
     args = parse_args()
-    dump = None
-    with one_line_errors():
-        cfg = load_config(args)
-        cfg.load_from, cfg.resume = args.checkpoint, False
-        local = '://' not in args.checkpoint
-        checkpoint = read_checkpoint(args.checkpoint) if local else None
-        if args.show or args.show_dir:
-            visualize(cfg, args)
-        if args.tta:
-            augment(cfg)
-        if args.out:
-            add_dump(cfg, args.out)
-        runner = build_runner(cfg)
-        if local:
-            model = getattr(runner.model, 'module', runner.model)
-            model = getattr(model, 'module', model) if args.tta else model
-            check_match(model, checkpoint, args.checkpoint)
-        del checkpoint
-        runner.test_loop  # noqa: B018  finds missing annotations
-        if args.out and args.out.endswith(('.pkl', '.pickle')):
-            dump = f'{args.out}.part.pkl'
-            # mmdet's own also compresses masks
-            kind = (
-                METRICS.get('mmdet.DumpDetResults')
-                if cfg.get('default_scope') == 'mmdet'
-                else DumpResults
-            )
-            metric = kind(out_file_path=dump)
-            runner.test_evaluator.metrics.append(metric)
-    runner.test()
-    if dump and is_main_process():
-        os.replace(dump, args.out)
+    with contextlib.ExitStack() as stack:
+        with one_line_errors():
+            cfg = load_config(args)
+            cfg.load_from, cfg.resume = args.checkpoint, False
+            local = '://' not in args.checkpoint
+            checkpoint = read_checkpoint(args.checkpoint) if local else None
+            if args.show or args.show_dir:
+                visualize(cfg, args)
+            if args.tta:
+                augment(cfg)
+            if args.out:
+                add_dump(cfg, args.out)
+            runner = build_runner(cfg)
+            if local:
+                model = getattr(runner.model, 'module', runner.model)
+                model = getattr(model, 'module', model) if args.tta else model
+                check_match(model, checkpoint, args.checkpoint)
+            del checkpoint
+            runner.test_loop  # noqa: B018  finds missing annotations
+            if args.out and args.out.endswith(('.pkl', '.pickle')):
+                dump = args.out
+                if is_main_process():  # the only one that writes
+                    dump = stack.enter_context(replacing(dump, '.part.pkl'))
+                # mmdet's own also compresses masks
+                kind = (
+                    METRICS.get('mmdet.DumpDetResults')
+                    if cfg.get('default_scope') == 'mmdet'
+                    else DumpResults
+                )
+                runner.test_evaluator.metrics.append(kind(out_file_path=dump))
+        runner.test()
 
 
 if __name__ == '__main__':

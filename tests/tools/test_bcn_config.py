@@ -1,4 +1,4 @@
-"""The converter's command line, and the survey of the zoo."""
+"""The converter's command line."""
 
 import json
 import re
@@ -15,7 +15,6 @@ from bcn_mm.convert import read_config, to_bcn
 
 pytestmark = pytest.mark.slow
 TOOL = 'tools/misc/bcn_config.py'
-SURVEY = 'tools/analysis_tools/survey_zoo.py'
 RETINA = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 FCOS = 'mmdet::fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py'
 YOLOX = 'mmdet::yolox/yolox_tiny_8xb8-300e_coco.py'
@@ -166,32 +165,3 @@ def check_run(python, train, config, folder, metric, options):
     losses = [row['loss'] for row in rows if 'loss' in row]
     assert len(losses) == 3 and all(0 < x < 1e3 for x in losses)
     assert [row for row in rows if metric in row]
-
-
-def test_survey(tmp_path, python):
-    file = tmp_path / 'survey.json'
-    words = ['--json', file, '--only', FCOS, BISENET]
-    shown = python(SURVEY, *words, COLUMNS='160')
-    configs = json.loads(file.read_text())['configs']
-    assert set(configs) == {FCOS, BISENET}
-    for result in configs.values():
-        assert 'error' not in result and not result['left']
-        assert result['converted'] == {'BCN': sum(result['stock'].values())}
-    assert configs[FCOS]['levels'] == [5]
-    assert re.search(r'all\D+2\D+2\D+2\D+2\D', shown)
-    # what is there is taken up again, and only the rest is done
-    content = json.loads(file.read_text())
-    content['configs'][FCOS]['parameters'] = 7
-    del content['configs'][BISENET]
-    file.write_text(json.dumps(content))
-    python(SURVEY, *words, '--steps', '--timeout', 500, timeout=900)
-    content = json.loads(file.read_text())
-    assert content['configs'][FCOS]['parameters'] == 7
-    assert BISENET in content['configs']
-    for folder in ('mmdet::fcos', 'mmseg::bisenetv1'):
-        steps = content['steps'][folder]
-        assert 'error' not in steps and 'stock' in steps
-        assert steps['converted']['moved'] > 0
-    shown = python(SURVEY, *words, '--ws', code=1)
-    assert 'choose another --json, or --fresh' in shown
-    assert 'no config matches' in python(SURVEY, '--only', 'x::*', code=1)

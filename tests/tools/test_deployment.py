@@ -12,7 +12,6 @@ pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
 pytest.importorskip('onnxscript', reason='onnxscript is not installed')
 
 TOOL = 'tools/deployment/export_onnx.py'
-BENCHMARK = 'tools/analysis_tools/benchmark_inference.py'
 DET = 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py'
 SEG = 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py'
 
@@ -133,12 +132,3 @@ def test_bad_input(words, message, refused):
     line = refused(TOOL, *words)
     assert line.startswith('error: ') and re.search(message, line), line
     assert not (ROOT / 'none.onnx').exists()
-
-
-@pytest.mark.slow
-def test_benchmark(tmp_path, python, refused):
-    out = tmp_path / 'inference.json'
-    shown = python(BENCHMARK, DET, '--shape', 64, 96, '--rounds', 1, '--out', out)
-    assert 'BCN, folded' in shown and out.exists()
-    line = refused(BENCHMARK, DET, '--shape', 8, 8)
-    assert line.startswith('error: --shape must be at least 32 32')

@@ -11,7 +11,6 @@ import argparse
 import copy
 import logging
 import os
-import tempfile
 import warnings
 from importlib.util import find_spec
 from typing import Iterator, List
@@ -24,6 +23,7 @@ from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from torch import Tensor, nn
 
+from bcn_mm._files import replacing
 from bcn_mm.deploy import (
     EXPORTERS,
     UNUSED,
@@ -227,10 +227,7 @@ def main() -> None:
             with console.status('folding'):
                 written = fold(deployed, example, report=report)
             text = summary(report)
-        folder = os.path.dirname(os.path.abspath(args.out))
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory('.part', dir=folder) as draft:
-            draft = os.path.join(draft, 'model.onnx')
+        with replacing(args.out) as draft:
             with console.status(f'exporting ({args.exporter})'):
                 export_onnx(written, draft, example, args.exporter, args.opset)
             with console.status(f'checking on {len(pictures)} pictures'):
@@ -241,7 +238,6 @@ def main() -> None:
                     f'largest value, more than --tolerance {args.tolerance}; '
                     f'nothing was written'
                 )
-            os.replace(draft, args.out)
     between = ' to '.join(dict.fromkeys(f'{h}x{w}' for h, w in (sizes[0], sizes[-1])))
     console.print(
         f'Wrote {args.out}: {text}largest relative difference to PyTorch '

@@ -19,8 +19,6 @@ from measuring import (
     interleave,
     peak_memory,
     prepare,
-    progress_bar,
-    write_json,
 )
 from mmcv.cnn.bricks import conv_ws
 from mmdet.models.backbones import ResNet
@@ -29,7 +27,9 @@ from rich.table import Table
 from torch import nn
 
 from bcn_mm import BCN
+from bcn_mm._files import write_json
 from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.engine.progress import progress_bar
 from bcn_mm.ops import standardize_weight
 
 SHAPES = (
@@ -253,11 +253,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python tools/analysis_tools/benchmark_norms.py
-  python tools/analysis_tools/benchmark_norms.py --shapes 1,256,64,64 \\
+  python benchmarks/norms.py
+  python benchmarks/norms.py --shapes 1,256,64,64 \\
       --dtypes float32 bfloat16 --memory-formats channels_last
-  python tools/analysis_tools/benchmark_norms.py --out norms.json \\
-      --plot norms.png""",
+  python benchmarks/norms.py --out norms.json --plot norms.png""",
     )
     parser.add_argument(
         '--shapes',

@@ -19,18 +19,11 @@ from conftest import ROOT
 from mmengine.registry import MODELS, init_default_scope
 from torch import nn
 
-STUDY = 'tools/analysis_tools/micro_batch_study.py'
-sys.path.insert(0, str((ROOT / STUDY).parent))
-import micro_batch_study  # noqa: E402
-from micro_batch_study import (  # noqa: E402
-    NORMS,
-    Run,
-    batches,
-    parse_norm,
-    shapes_config,
-)
+from bcn_mm import BCN
+from studies.micro_batch.norms import NORMS, parse_norm
+from studies.micro_batch.tasks import TASKS, Run, digits
 
-from bcn_mm import BCN  # noqa: E402
+STUDY = ('-m', 'studies.micro_batch')
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec('sklearn') is None,
@@ -40,7 +33,7 @@ needs_digits = pytest.mark.skipif(
 
 def study(python, folder, *words, code=0):
     return python(
-        STUDY,
+        *STUDY,
         '--epochs',
         1,
         '--workers',
@@ -94,19 +87,20 @@ def test_goes_on_and_grows(tmp_path, python):
 
 
 @needs_digits
-def test_momentum_follows_the_learning_rate(monkeypatch):
+def test_momentum_follows_the_learning_rate(monkeypatch, tmp_path):
     """Down half a cosine over 20 steps."""
     built = []
-    build = micro_batch_study.classifier
+    build = digits.classifier
     monkeypatch.setattr(
-        micro_batch_study,
+        digits,
         'classifier',
         lambda norm: built.append(build(norm)) or built[-1],
     )
     for option in ('', ',follow_lr=true'):
         norm = f'bcn,momentum=0.4{option}'
-        micro_batch_study.train_digits(
-            Run('digits', norm, 100, seed=0, epochs=2, pictures=1000, rate=0.1)
+        TASKS['digits'].train(
+            Run('digits', norm, 100, seed=0, epochs=2, pictures=1000, rate=0.1),
+            tmp_path,
         )
     for model, last in zip(built, (0.4, 0.2 * (1 + np.cos(np.pi * 19 / 20)))):
         momenta = [m.momentum for m in model.modules() if isinstance(m, BCN)]
@@ -146,7 +140,7 @@ def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
     monkeypatch.setenv('SHAPES_ROOT', str(shapes))
     run = Run(task, norm, 2, seed=5, epochs=3, pictures=11, rate=0.01)
     assert run.steps == 18
-    cfg = shapes_config(run)
+    cfg = TASKS[task].config(run)
     assert cfg.train_cfg.max_iters == 18 and cfg.randomness.seed == 5
     assert cfg.optim_wrapper.optimizer.lr == 0.01
     init_default_scope(cfg.default_scope)
@@ -179,7 +173,7 @@ def test_every_digit_is_shown_once_in_an_epoch_and_moved(shift, images):
     run = Run('digits', 'bn', images, 0, 40, len(pictures), 0.1, shift)
     moves = range(-shift, shift + 1)
     seen = {}
-    for shown, classes in batches(run, pictures, torch.arange(30)):
+    for shown, classes in digits.batches(run, pictures, torch.arange(30)):
         for picture, k in zip(shown, classes.tolist()):
             seen.setdefault(k, []).append(picture[0].numpy())
     found = set()
@@ -198,9 +192,9 @@ def test_every_digit_is_shown_once_in_an_epoch_and_moved(shift, images):
 
 
 @needs_digits
-def test_the_digits_are_learned_and_repeatable():
+def test_the_digits_are_learned_and_repeatable(tmp_path):
     run = Run('digits', 'bn', 16, 0, 1, pictures=1000, rate=0.1, shift=1)
-    errors = [micro_batch_study.train_digits(run) for _ in range(2)]
+    errors = [TASKS['digits'].train(run, tmp_path)['error'] for _ in range(2)]
     assert errors[0] == errors[1] < 40  # 90 by chance
 
 
@@ -216,7 +210,7 @@ def test_the_digits_are_learned_and_repeatable():
     ],
 )
 def test_bad_arguments(words, message, tmp_path, refused):
-    line = refused(STUDY, '--work-dir', tmp_path / 'x', *words)
+    line = refused(*STUDY, '--work-dir', tmp_path / 'x', *words)
     assert line.startswith('error: ') and message in line
     assert not list(tmp_path.iterdir())
 
@@ -239,7 +233,7 @@ def test_leaves_no_process_behind(shapes, tmp_path):
     process = subprocess.Popen(
         [
             sys.executable,
-            STUDY,
+            *STUDY,
             '--tasks',
             'det',
             '--norms',

@@ -5,14 +5,15 @@ import json
 import pytest
 
 pytestmark = pytest.mark.slow
-SCRIPT = 'tools/analysis_tools/benchmark_norms.py'
-MODEL = 'tools/analysis_tools/benchmark_model.py'
+NORMS = 'benchmarks/norms.py'
+MODEL = 'benchmarks/model.py'
+INFERENCE = 'benchmarks/inference.py'
 
 
 def test_benchmark_norms(tmp_path, python):
     out, plot = tmp_path / 'norms.json', tmp_path / 'norms.png'
     shown = python(
-        SCRIPT,
+        NORMS,
         '--shapes',
         '1,64,8,9',
         '2,32,4,4',
@@ -46,8 +47,8 @@ def test_benchmark_norms(tmp_path, python):
 
 
 def test_bad_input(python):
-    assert 'C a multiple of 32' in python(SCRIPT, '--shapes', '1,48,4,4', code=2)
-    assert '--rounds' in python(SCRIPT, '--rounds', 0, code=1)
+    assert 'C a multiple of 32' in python(NORMS, '--shapes', '1,48,4,4', code=2)
+    assert '--rounds' in python(NORMS, '--rounds', 0, code=1)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +94,12 @@ def test_benchmark_model_of_what_cannot_be_trained(python):
     assert '--shape at least 32 32' in shown
     shown = python(MODEL, config, '--cfg-options', 'default_scope=mmocr', code=1)
     assert "scope 'mmocr'" in shown
+
+
+def test_benchmark_inference(tmp_path, python, refused):
+    config = 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py'
+    out = tmp_path / 'inference.json'
+    shown = python(INFERENCE, config, '--shape', 64, 96, '--rounds', 1, '--out', out)
+    assert 'BCN, folded' in shown and out.exists()
+    line = refused(INFERENCE, config, '--shape', 8, 8)
+    assert line.startswith('error: --shape must be at least 32 32')

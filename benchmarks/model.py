@@ -26,22 +26,22 @@ from measuring import (
     interleave,
     peak_memory,
     prepare,
-    progress_bar,
-    write_json,
 )
-from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.config import Config, DictAction
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
 from mmengine.visualization import Visualizer
-from pictures import SCOPES, dicts, draw
 from rich.console import Console
 from rich.table import Table
+from swapping import swap
 from torch import nn
 
 from bcn_mm import EliminationSingularityHook
-from bcn_mm.convert import to_bcn
-from bcn_mm.engine.cli import forget_pretrained, load_config, one_line_errors
+from bcn_mm._files import write_json
+from bcn_mm.engine.batches import SCOPES, random_batch
+from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.engine.progress import progress_bar
 from bcn_mm.errors import InputError
 
 # the first is what the others are compared with
@@ -54,28 +54,6 @@ BASE = 'GN + ConvWS'
 WATCHED = 'BCN + WSConv2d'
 # More than a two-stage detector's sampler takes, so that it is always full.
 OBJECTS = 256
-
-
-def swap(cfg: Config, norm_cfg: dict, conv_cfg: dict) -> ConfigDict:
-    """The model of a config with other norms, from random weights."""
-    model = to_bcn(cfg, ws=True).model
-    norms = [d for d in dicts(model) if d.get('type') in ('BCN', 'SyncBCN')]
-    if not norms:
-        raise InputError(
-            f'the model of {cfg.filename} has no BatchNorm, GroupNorm or BCN: '
-            f'there is nothing to swap'
-        )
-    for node in list(dicts(model)):
-        if node.get('type') == 'WithBCN' and norm_cfg['type'] != 'BCN':
-            node.type = node.pop('component')
-            node.pop('bcn_cfg')
-        elif (node.get('conv_cfg') or {}).get('type') == 'WSConv2d':
-            node.conv_cfg = conv_cfg and ConfigDict(conv_cfg)
-    for norm in norms:
-        norm.clear()
-        norm.update(norm_cfg)
-    forget_pretrained(model)
-    return model
 
 
 class NormTimer:
@@ -212,9 +190,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python tools/analysis_tools/benchmark_model.py \\
+  python benchmarks/model.py \\
       configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py
-  python tools/analysis_tools/benchmark_model.py CONFIG --shape 512 1024 \\
+  python benchmarks/model.py CONFIG --shape 512 1024 \\
       --variants 'BCN + WSConv2d' --out model.json --plot model.png
 
 peak is what a step holds beyond the weights and the optimizer's state.""",
@@ -284,7 +262,7 @@ def main() -> None:
         preprocessor = cfg.model.get('data_preprocessor', {})
         if preprocessor.get('size'):
             preprocessor.size = args.shape
-        batch = draw(cfg, args.batch_size, args.shape, OBJECTS, args.device)
+        batch = random_batch(cfg, args.batch_size, args.shape, OBJECTS, args.device)
         with progress_bar() as bar:
             steps = WARMUP + args.rounds
             task = bar.add_task('building', total=steps + 2 * len(args.variants))

@@ -10,24 +10,24 @@ import argparse
 import logging
 
 import torch
-from benchmark_model import swap
 from measuring import (
     WARMUP,
     Clock,
     add_arguments,
     interleave,
     prepare,
-    progress_bar,
-    write_json,
 )
 from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
+from swapping import swap
 
+from bcn_mm._files import write_json
 from bcn_mm.deploy import Deployed, Folding, fold
 from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.engine.progress import progress_bar
 from bcn_mm.errors import InputError
 
 BASE = 'GN'
@@ -43,9 +43,9 @@ def parse_args() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
-  python tools/analysis_tools/benchmark_inference.py \\
+  python benchmarks/inference.py \\
       configs/mask_rcnn/mask-rcnn_r50_fpn_bcn-ws-all_2x_coco.py
-  python tools/analysis_tools/benchmark_inference.py CONFIG --shape 512 1024 \\
+  python benchmarks/inference.py CONFIG --shape 512 1024 \\
       --rounds 20 --out inference.json""",
     )
     parser.add_argument('config', help='of an mmdet or mmseg model')

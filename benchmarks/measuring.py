@@ -10,20 +10,11 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Sequence
 
-import matplotlib
 import numpy as np
 import torch
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from matplotlib.figure import Figure
 
-matplotlib.use('Agg')
-import matplotlib.pyplot as plt
+from bcn_mm._files import replacing
 
 # Rounds that go before those that count.
 WARMUP = 2
@@ -84,16 +75,6 @@ def _cpu_name() -> str:
         return platform.processor() or platform.machine()
     names = (x.split(':')[1].strip() for x in lines if 'model name' in x)
     return next(names, platform.machine())
-
-
-def progress_bar() -> Progress:
-    return Progress(
-        TextColumn('{task.description}'),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
 
 
 class Clock:
@@ -198,21 +179,15 @@ def geometric_mean(values: Sequence[float]) -> float:
     return float(np.exp(np.mean(np.log(values))))
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + '.part')
-    draft.write_text(json.dumps(content, indent=1) + '\n')
-    draft.replace(path)
-
-
 def draw_bars(
     path: Path, rows: Sequence[str], bars: Dict[str, list], title: str
 ) -> None:
     """Horizontal bars of ratios, one group a row, a line at one."""
-    figure, axis = plt.subplots(
+    figure = Figure(
         figsize=(8, 1 + 0.22 * len(rows) * (len(bars) + 1)),
         layout='constrained',
     )
+    axis = figure.subplots()
     height = 0.8 / len(bars)
     for i, (name, values) in enumerate(bars.items()):
         y = np.arange(len(rows)) + (i - (len(bars) - 1) / 2) * height
@@ -223,12 +198,5 @@ def draw_bars(
     axis.set_xscale('log')
     axis.set_xlabel(title)
     axis.legend(fontsize='small')
-    save_figure(figure, path)
-
-
-def save_figure(figure: plt.Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.stem + '.part' + path.suffix)
-    figure.savefig(draft, dpi=120)
-    plt.close(figure)
-    draft.replace(path)
+    with replacing(path, f'.part{path.suffix}') as draft:
+        figure.savefig(draft, dpi=120)

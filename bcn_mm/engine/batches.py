@@ -1,31 +1,25 @@
-"""Random pictures with objects or labels, as a model's own data would be."""
+"""Random training batches, with objects or labels as a model's own data have them."""
 
-from typing import Iterator, Tuple
+from typing import Tuple
 
 import torch
-from mmengine.config import Config, ConfigDict
+from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 
+from ..convert import walk
+
+#: Of the configs that :func:`random_batch` takes.
 SCOPES = ('mmdet', 'mmseg')
 
 
-def dicts(node) -> Iterator[ConfigDict]:
-    """Every dict in a config, outermost first."""
-    if isinstance(node, dict):
-        yield node
-        node = node.values()
-    if not isinstance(node, (str, bytes)) and hasattr(node, '__iter__'):
-        for child in node:
-            yield from dicts(child)
-
-
-def num_classes(cfg: Config) -> int:
+def _num_classes(cfg: Config) -> int:
     """Labels below this are legal in every head."""
     keys = ('num_classes', 'num_things_classes')
-    return min((d[k] for d in dicts(cfg.model) for k in keys if d.get(k)), default=2)
+    found = (node[k] for _, node in walk(cfg.model) for k in keys if node.get(k))
+    return min(found, default=2)
 
 
-def draw(
+def random_batch(
     cfg: Config,
     batch_size: int,
     shape: Tuple[int, int],
@@ -33,6 +27,9 @@ def draw(
     device: str = 'cpu',
 ) -> dict:
     """A training batch for the model of a config, the same at every call.
+
+    Only the pixels' labels that detectors get beside their objects are drawn by
+    numpy's global generator, in mmdet.
 
     Args:
         cfg (Config): Of mmdet's or mmseg's scope.
@@ -43,6 +40,9 @@ def draw(
 
     Returns:
         dict: What the model's ``data_preprocessor`` takes.
+
+    Raises:
+        ValueError: if the config is of another scope.
     """
     scope = cfg.get('default_scope')
     if scope == 'mmseg':
@@ -66,7 +66,7 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
         (3, *shape),
         num_items=[objects] * batch_size,
         # it draws labels from 1 on, those of pixels as uint8
-        num_classes=min(max(2, num_classes(cfg)), 255),
+        num_classes=min(max(2, _num_classes(cfg)), 255),
         with_mask=True,
         with_semantic=True,
         use_box_type=True,
@@ -75,7 +75,7 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
     for sample in batch['data_samples']:
         sample.set_metainfo(dict(batch_input_shape=shape, pad_shape=shape, img_path=''))
         truth = sample.gt_instances
-        truth.labels %= num_classes(cfg)
+        truth.labels %= _num_classes(cfg)
         # what detectors without a proposal stage of their own take
         sample.proposals = InstanceData(
             bboxes=truth.bboxes.tensor.clone(),
@@ -94,7 +94,7 @@ def _tracks(cfg, shape, objects) -> dict:
         key_frames_inds=[0],
         image_shapes=(3, *shape),
         num_items=[objects],
-        num_classes=max(2, num_classes(cfg)),
+        num_classes=max(2, _num_classes(cfg)),
         with_mask=True,
     )
 
@@ -125,7 +125,7 @@ def _labelled(cfg, batch_size, shape, device) -> dict:
         data_samples=[
             SegDataSample(
                 metainfo=meta,
-                gt_sem_seg=PixelData(data=random(num_classes(cfg), 1).long()),
+                gt_sem_seg=PixelData(data=random(_num_classes(cfg), 1).long()),
                 gt_edge_map=PixelData(data=random(2, 1).long()),
             )
             for _ in range(batch_size)

@@ -1,0 +1,10 @@
+"""What networks are trained on: a task is an object, and a file for its kind."""
+
+from .digits import Digits
+from .shapes import Detection, Segmentation
+from .task import Extent, Run, Task
+
+#: By name, in the order in which they are shown.
+TASKS = {task.name: task for task in (Digits(), Detection(), Segmentation())}
+
+__all__ = ['TASKS', 'Extent', 'Run', 'Task']
