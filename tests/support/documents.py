@@ -198,6 +198,8 @@ def broken_commands(path: Path, text: str) -> List[str]:
             continue
         for word in arguments:
             option = word.partition('=')[0]
+            if option == '--help':
+                continue
             if re.match(r'--?[A-Za-z]', word) and not re.search(
                 rf'(?<![\w-]){re.escape(option)}(?![\w-])', known
             ):
