@@ -24,7 +24,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 settings.register_profile('fixed', derandomize=True, deadline=None)
 settings.load_profile('fixed')
 
-# A COCO- and a Cityscapes-shaped folder, as the README describes.
+# A COCO- and a Cityscapes-shaped folder, as docs/guides/recipes.md describes.
 REAL_DATA = Path(os.environ.get('BCN_MM_DATA', ROOT.parent / 'shared' / 'data'))
 
 

@@ -10,7 +10,7 @@ from mmengine.registry import Registry
 
 from .tree import part_of
 
-#: The type of a component that is built through :func:`bcn_mm.WithBCN`.
+#: The type of a component that is built through :func:`bcn_mm.layers.WithBCN`.
 WRAPPER = 'WithBCN'
 
 

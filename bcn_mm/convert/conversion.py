@@ -32,7 +32,7 @@ def to_bcn(
     with a ``forward`` of their own, which may do more than normalize. Further:
 
     - a component that builds norms without asking its config is built
-      through :func:`bcn_mm.WithBCN`;
+      through :func:`bcn_mm.layers.WithBCN`;
     - a head that pyramid levels share gets an estimate for each of them
       (``num_levels``);
     - ``norm_eval`` is turned off, and ``frozen_stages`` unless ``pretrained``
@@ -40,7 +40,7 @@ def to_bcn(
     - checkpoints in ``init_cfg``, ``pretrained`` and ``load_from`` go where
       convolutions are standardized that were not; those of BatchNorm models
       load otherwise, those of GroupNorm models approximately;
-    - bcn_mm is imported and :class:`~bcn_mm.SyncEstimatesHook` added.
+    - bcn_mm is imported and :class:`~bcn_mm.hooks.SyncEstimatesHook` added.
 
     The last two of the first three are found out by building the model,
     without weights, and passing a picture through it. Converting a converted

@@ -42,12 +42,14 @@ class AffineGroupNorm(nn.GroupNorm):
             the levels are told apart as there.
 
     Shape:
-        - Input: (N, C, *spatial) with 0 to 3 spatial dimensions.
+        - Input: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions.
         - Output: the shape of the input.
 
     Attributes:
-        weight, bias: (C), or None without affine parameters.
-        scale, shift: (C), or (num_levels, C).
+        weight: (C), or None without affine parameters.
+        bias: Likewise.
+        scale: (C), or (num_levels, C).
+        shift: Likewise.
     """
 
     def __init__(self, norm: BCN) -> None:
@@ -163,8 +165,8 @@ def plain_conv(conv: nn.Module, weight: Tensor, bias: Optional[Tensor]) -> nn.Mo
 
     Args:
         conv (nn.Module): A convolution, standardized for instance.
-        weight (Tensor): What the new one gets a copy of, (out_channels,
-            in_channels / groups, *kernel_size).
+        weight (Tensor): What the new one gets a copy of,
+            ``(out_channels, in_channels / groups, *kernel_size)``.
         bias (Tensor, optional): Likewise, (out_channels).
 
     Returns:

@@ -107,15 +107,18 @@ class BCN(nn.GroupNorm):
         dtype (torch.dtype, optional): Likewise.
 
     Shape:
-        - Input: (N, C, *spatial) with 0 to 3 spatial dimensions, floating;
+        - Input: ``(N, C, *spatial)`` with 0 to 3 spatial dimensions, floating;
           N and the spatial size may be 0 or 1.
         - Output: the shape, dtype and memory layout of the input.
 
     Attributes:
-        weight, bias: (G), the affine pair of the channel stage.
-        batch_weight, batch_bias: (C), the affine pair of the batch stage.
-        running_mean, running_var: (C), or (num_levels, C) if that is more
-            than one; the estimates; start at 0 and 1.
+        weight: (G), with ``bias`` the affine pair of the channel stage.
+        bias: (G).
+        batch_weight: (C), with ``batch_bias`` that of the batch stage.
+        batch_bias: (C).
+        running_mean: (C), or (num_levels, C) if that is more than one; the
+            estimate of the mean; starts at 0.
+        running_var: Likewise, of the variance; starts at 1.
         num_batches_tracked: training passes seen, an int64 scalar, or
             (num_levels).
 

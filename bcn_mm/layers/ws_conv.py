@@ -101,7 +101,8 @@ class WSConv2d(_WSConv, nn.Conv2d):
     Source: arXiv:1903.10520v2; see :func:`bcn_mm.ops.standardize_weight`.
 
     Args:
-        *args, **kwargs: Those of ``nn.Conv2d``.
+        *args: Those of ``nn.Conv2d``.
+        **kwargs: Likewise.
         eps (float): Of the standardization. Default: 1e-5.
         dialect (str): ``'std'`` (mmcv, the authors' detection and DeepLab
             code), ``'var'`` (the authors' ImageNet code) or ``'biased_var'``

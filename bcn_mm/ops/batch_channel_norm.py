@@ -104,7 +104,7 @@ def batch_channel_norm(
     Source: Qiao et al., arXiv:1911.09738, and arXiv:1903.10520v2, alg. 1.
 
     Args:
-        x (Tensor): (N, C, *spatial) with 0 to 3 spatial dimensions, float16,
+        x (Tensor): ``(N, C, *spatial)`` with 0 to 3 spatial dimensions, float16,
             bfloat16, float32 or float64. Statistics and all that follows from
             them are computed in float32 (float64 for float64).
         num_groups (int): The number of groups G, a divisor of C.

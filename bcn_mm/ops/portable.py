@@ -123,7 +123,7 @@ def affine_group_norm(
     What is recorded for another runtime is :func:`group_norm_by_axes`.
 
     Args:
-        x (Tensor): (N, C, *spatial).
+        x (Tensor): ``(N, C, *spatial)``.
         num_groups (int): A divisor of C.
         scale (Tensor): (C).
         shift (Tensor): (C).
@@ -160,7 +160,7 @@ def group_norm_by_axes(
     axis at a time, of plain operators, leave 3e-7 and take no longer.
 
     Args:
-        x (Tensor): (N, C, *spatial).
+        x (Tensor): ``(N, C, *spatial)``.
         num_groups (int): A divisor of C.
         weight (Tensor, optional): (C), the affine pair; both or none.
         bias (Tensor, optional): (C).

@@ -140,7 +140,7 @@ def standardize_weight(
     Normalization and Weight Standardization", arXiv:1903.10520v2, eq. 2.
 
     Args:
-        weight (Tensor): (out, in/groups, *kernel), floating.
+        weight (Tensor): ``(out, in/groups, *kernel)``, floating.
         eps (float): Added to the divisor as shown. Default: 1e-5.
         dialect (str): One of the above. Default: ``'std'``.
 

@@ -134,7 +134,7 @@ def from_authors(
 
     Returns:
         Converted: its state carries the dialect in its metadata, where
-        :class:`bcn_mm.WSConv2d` looks for it.
+        :class:`bcn_mm.layers.WSConv2d` looks for it.
 
     Raises:
         ValueError: names the first entry that is missing, left over, of a

@@ -45,7 +45,7 @@ def measure(norm: nn.Module, x: Tensor, output: Tensor) -> Optional[Measurement]
 
     Args:
         norm (nn.Module): The norm.
-        x (Tensor): What it was called with, (N, C, *spatial).
+        x (Tensor): What it was called with, ``(N, C, *spatial)``.
         output (Tensor): What it returned.
 
     Returns:

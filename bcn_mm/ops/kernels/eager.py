@@ -40,7 +40,7 @@ class Eager:
         """Mean and biased variance of every row.
 
         Args:
-            x (Tensor): Dense, of shape (N, C, *spatial) with L > 0 spatial
+            x (Tensor): Dense, of shape ``(N, C, *spatial)`` with L > 0 spatial
                 elements, any floating dtype.
 
         Returns:
