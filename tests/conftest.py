@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from mmengine.logging import MMLogger
 
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
@@ -21,7 +21,13 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(Path(__file__).parent), str(ROOT)]
 
 # Equal runs try equal examples; raise max_examples to search for new ones.
-settings.register_profile('fixed', derandomize=True, deadline=None)
+settings.register_profile(
+    'fixed',
+    derandomize=True,
+    deadline=None,
+    # a fixture chooses a backend, and no example changes that
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 settings.load_profile('fixed')
 
 # A COCO- and a Cityscapes-shaped folder, as docs/guides/recipes.md describes.

@@ -3,128 +3,27 @@
 import glob
 import itertools
 import os
-import uuid
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from mmengine.evaluator import BaseMetric, Evaluator
-from mmengine.hooks import EMAHook, Hook
-from mmengine.model import BaseModel
-from mmengine.runner import Runner
+from mmengine.evaluator import Evaluator
+from mmengine.hooks import EMAHook
 from support.ranks import on_ranks
-from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from support.sync_estimates import (
+    ESTIMATES,
+    Net,
+    RecordEstimates,
+    Score,
+    assert_equal,
+    batches,
+    estimates_of,
+    loader,
+    make_runner,
+)
 
-from bcn_mm import BCN, SyncBCN, SyncEstimatesHook
 from bcn_mm.hooks import sync_estimates
-
-ESTIMATES = ('running_mean', 'running_var', 'num_batches_tracked')
-
-
-def estimates_of(state, prefix=''):
-    """Of a state dict, copied and with bare names."""
-    return {
-        name[len(prefix) :]: value.clone()
-        for name, value in state.items()
-        if name.startswith(prefix) and name.endswith(ESTIMATES)
-    }
-
-
-class Net(BaseModel):
-    """One layer runs in every step; one on rank 0 in every second only."""
-
-    def __init__(self, make=BCN, rank=0):
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(3, 4, 3)
-        self.norm, self.odd = make(4, momentum=0.3), make(4, momentum=0.3)
-        self.rank, self.steps, self.validated = rank, 0, []
-
-    def forward(self, inputs, mode='tensor'):
-        x = self.norm(self.conv(inputs))
-        if mode == 'predict':
-            self.validated.append(estimates_of(self.state_dict()))
-            return [0]
-        self.steps += 1
-        loss = x.square().mean()
-        if self.rank or self.steps % 2:
-            x = self.odd(x + self.rank)
-        return dict(loss=loss + (x - 1).square().mean())
-
-    def val_step(self, data):
-        return self(**data, mode='predict')
-
-
-class Score(BaseMetric):
-    """The second validation is the best one."""
-
-    scores = (1.0, 3.0, 2.0)
-
-    def __init__(self):
-        super().__init__()
-        self.runs = 0
-
-    def process(self, data_batch, data_samples):
-        self.results.append(0)
-
-    def compute_metrics(self, results):
-        self.runs += 1
-        return dict(score=self.scores[(self.runs - 1) % 3])
-
-
-class Look(Hook):
-    """Keeps a model's own estimates as each step leaves them."""
-
-    priority = 'VERY_HIGH'
-
-    def __init__(self):
-        self.steps = []
-
-    def after_train_iter(self, runner, *args, **kwargs):
-        model = getattr(runner.model, 'module', runner.model)
-        self.steps.append(estimates_of(model.state_dict()))
-
-
-def batches(rank, steps):
-    generator = torch.Generator().manual_seed(1000 * rank)
-    return [
-        dict(
-            inputs=torch.randn(1 + rank, 3, 6, 6, generator=generator) * (1 + 2 * rank)
-            + rank
-        )
-        for _ in range(steps)
-    ]
-
-
-def loader(data):
-    return DataLoader(data, collate_fn=lambda batch: batch[0])
-
-
-def make_runner(model, rank, folder, train_cfg, data, *hooks, **kwargs):
-    os.environ['LOCAL_RANK'] = str(rank)  # as launchers do
-    wrapper = dict(
-        type='MMDistributedDataParallel',
-        device_ids=None,
-        broadcast_buffers=kwargs.pop('broadcast_buffers', False),
-        find_unused_parameters=True,
-    )
-    checkpoint = kwargs.pop('checkpoint', None)
-    return Runner(
-        model,
-        work_dir=folder,
-        train_dataloader=data,
-        optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-        train_cfg=train_cfg,
-        default_hooks=dict(checkpoint=checkpoint),
-        custom_hooks=list(hooks),
-        launcher='pytorch',
-        cfg=dict(model_wrapper_cfg=wrapper),
-        experiment_name=uuid.uuid4().hex,
-        **kwargs,
-    )
-
 
 LOOPS = {
     'epochs': dict(by_epoch=True, max_epochs=3, val_interval=1),
@@ -149,7 +48,7 @@ def work(rank, folder, loop, ema, by_epoch, last, steps=None, **kwargs):
     train_cfg = dict(LOOPS[loop])
     if steps:
         train_cfg['max_iters'] = steps
-    look, hooks = Look(), [dict(type='SyncEstimatesHook')]
+    record, hooks = RecordEstimates(), [dict(type='SyncEstimatesHook')]
     if EMAS[ema] is not None:
         hooks.append(dict(type='EMAHook', strict_load=last, **EMAS[ema]))
     runner = make_runner(
@@ -158,7 +57,7 @@ def work(rank, folder, loop, ema, by_epoch, last, steps=None, **kwargs):
         folder,
         train_cfg,
         loader(batches(rank, EPOCH if loop == 'epochs' else END[loop])),
-        look,
+        record,
         *hooks,
         checkpoint=dict(
             type='CheckpointHook',
@@ -182,7 +81,7 @@ def work(rank, folder, loop, ema, by_epoch, last, steps=None, **kwargs):
     model = runner.model.module
     copies = [h.ema_model for h in runner.hooks if isinstance(h, EMAHook)]
     return dict(
-        steps=look.steps,
+        steps=record.steps,
         validated=model.validated,
         averaged=average.call_count,
         model=model.state_dict(),
@@ -298,17 +197,12 @@ class Expected:
         return states
 
 
-def close(given, want):
+def assert_close(given, want):
     assert given.keys() == want.keys() and given
     for name, value in given.items():
         torch.testing.assert_close(
             value.double(), want[name], rtol=1e-5, atol=1e-6, msg=name
         )
-
-
-def equal(first, second):
-    assert first.keys() == second.keys() and first
-    assert all(torch.equal(v, second[k]) for k, v in first.items())
 
 
 @pytest.mark.parametrize('loop, ema, by_epoch, last', CASES)
@@ -328,8 +222,8 @@ def test_saved_and_validated_are_the_averages(runs, loop, ema, by_epoch, last):
         assert len(rank['validated']) == len(times)
     for i, t in enumerate(times):
         sources, copies = states[t - 1]
-        equal(*(r['validated'][i] for r in ranks))
-        close(ranks[0]['validated'][i], (copies if of_copy else sources)[0])
+        assert_equal(*(r['validated'][i] for r in ranks))
+        assert_close(ranks[0]['validated'][i], (copies if of_copy else sources)[0])
 
     files = ranks[0]['files']
     assert sum(name.startswith('best_score') for name in files) == 1
@@ -339,11 +233,11 @@ def test_saved_and_validated_are_the_averages(runs, loop, ema, by_epoch, last):
     for t, state, other in files.values():
         sources, copies = states[t - 1]
         if EMAS[ema] is None:
-            close(state, sources[0])
+            assert_close(state, sources[0])
             assert not other
         else:
-            close(state, copies[0])
-            close(other, sources[0])
+            assert_close(state, copies[0])
+            assert_close(other, sources[0])
 
 
 def run_resumed(rank, world, folder):
@@ -364,100 +258,7 @@ def test_resuming_goes_on_with_the_same_values(tmp_path):
     for ranks in zip(*on_ranks(2, run_resumed, str(tmp_path))):
         for whole, resumed in ranks:
             assert len(resumed['steps']) == 3
-            equal(resumed['model'], whole['model'])
+            assert_equal(resumed['model'], whole['model'])
             assert resumed['copy'].keys() == whole['copy'].keys()
             for name, value in whole['copy'].items():
                 assert torch.equal(resumed['copy'][name], value), name
-
-
-WRAPPED = [
-    (BCN, True, 1),
-    (BCN, False, 0),
-    (SyncBCN, True, 0),
-    (lambda c, momentum: nn.GroupNorm(2, c), True, 0),
-]
-
-
-def run_wrapped(rank, world, folder):
-    for i, (make, broadcast, _) in enumerate(WRAPPED):
-        make_runner(
-            Net(make, rank=1),  # SyncBCN needs all ranks in every pass
-            rank,
-            f'{folder}/{i}',
-            dict(by_epoch=True, max_epochs=2),
-            loader(batches(rank, 2)),
-            dict(type='SyncEstimatesHook'),
-            broadcast_buffers=broadcast,
-        ).train()
-
-
-def test_broadcast_buffers_are_named_once(tmp_path):
-    """DDP would overwrite all estimates but the first rank's."""
-    on_ranks(2, run_wrapped, str(tmp_path))
-    for i, (_, _, count) in enumerate(WRAPPED):
-        logs = [p.read_text() for p in (tmp_path / f'{i}').rglob('*.log')]
-        text = ''.join(logs)
-        assert 'Epoch(train)' in text
-        assert text.count('model_wrapper_cfg.broadcast_buffers=False') == count
-
-
-class Endless(IterableDataset):
-    def __init__(self, data):
-        self.data = data
-
-    def __iter__(self):
-        return itertools.cycle(self.data)
-
-
-# by rank: the number of batches, and who has the fewest, if anybody
-LENGTHS = {
-    2: [([4, 3], 1), ([3, 3], None), (None, None)],
-    3: [([2, 3, 3], 0), ([2, 2, 2], None)],
-}
-
-
-def run_uneven(rank, world, folder):
-    messages = []
-    for lengths, _ in LENGTHS[world]:
-        data = batches(rank, lengths[rank]) if lengths else Endless([0])
-        cfg = dict(by_epoch=False, max_iters=2)  # the loop that takes either
-        runner = make_runner(Net(rank=rank), rank, folder, cfg, loader(data))
-        runner._train_loop = runner.build_train_loop(runner._train_loop)
-        try:
-            SyncEstimatesHook().before_train(runner)
-            messages.append(None)
-        except ValueError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.parametrize('world', LENGTHS)
-def test_uneven_ranks_are_refused(world, tmp_path):
-    for messages in on_ranks(world, run_uneven, str(tmp_path)):
-        for (lengths, few), message in zip(LENGTHS[world], messages):
-            assert (message is None) == (few is None)
-            if message:
-                assert f'wait for rank {few} forever' in message
-                assert f'({lengths})' in message
-
-
-def test_one_process_is_left_alone(tmp_path):
-    """With and without the hook, to the bit, beside a copy of its own."""
-    states = []
-    for hooks in ([], [dict(type='SyncEstimatesHook')]):
-        ema = EMAHook(update_buffers=True, momentum=0.4)
-        model = Net()
-        Runner(
-            model,
-            work_dir=str(tmp_path),
-            train_dataloader=loader(batches(0, 3)),
-            val_dataloader=loader(batches(0, 1)),
-            val_evaluator=Evaluator(Score()),
-            val_cfg={},
-            optim_wrapper=dict(optimizer=dict(type='SGD', lr=0.01)),
-            train_cfg=dict(by_epoch=True, max_epochs=2),
-            custom_hooks=[ema, *hooks],
-            experiment_name=uuid.uuid4().hex,
-        ).train()
-        states.append({**model.state_dict(), **ema.ema_model.state_dict()})
-    equal(*states)

@@ -11,54 +11,19 @@ from hypothesis import strategies as st
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmengine.registry import init_default_scope
+from support.levels import (
+    SIZES,
+    Head,
+    assert_equal_estimates,
+    pyramid,
+    separate,
+    shared,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
-from bcn_mm.deploy import fold
-from bcn_mm.layers import levels
 from bcn_mm.layers.levels import one_pass
-
-SIZES = (8, 4, 2, 1, 1)  # as of P3 to P7
-
-
-def pyramid(sizes=SIZES, channels=6, n=2):
-    """Levels whose means and scales differ."""
-    return [
-        torch.randn(n, channels, size, size + 1, dtype=torch.double) * 2**i + i
-        for i, size in enumerate(sizes)
-    ]
-
-
-def separate(layer):
-    """A plain BCN per level, with the affine parameters of ``layer``."""
-    layers = []
-    for _ in range(layer.num_levels):
-        one = BCN(
-            layer.num_features,
-            layer.num_groups,
-            eps=layer.eps,
-            momentum=layer.momentum,
-            estimate=layer.estimate,
-        ).to(layer.weight)
-        for name, p in layer.named_parameters():
-            setattr(one, name, p)
-        layers.append(one)
-    return layers
-
-
-def shared(**kwargs):
-    layer = BCN(6, 2, num_levels=5, **{'momentum': 0.3, **kwargs}).double()
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.add_(torch.randn_like(p) / 4)
-    return layer
-
-
-def assert_equal_estimates(layer, layers):
-    for name, value in layer.named_buffers():
-        want = torch.stack([getattr(one, name) for one in layers])
-        torch.testing.assert_close(value, want, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize('estimate', [True, False])
@@ -93,6 +58,16 @@ def test_is_one_layer_per_level_with_shared_parameters(estimate, sizes, momentum
             torch.testing.assert_close(layer(t), one(t), rtol=0, atol=0)
 
 
+def test_fewer_levels_and_changes_of_mode():
+    layer = shared()
+    layers = separate(layer)
+    for sizes in ((8, 4, 2), SIZES, (6, 3), (4,)):
+        for t, one in zip(pyramid(sizes), layers):
+            torch.testing.assert_close(layer(t), one(t), rtol=0, atol=0)
+        layer.train(), [one.train() for one in layers]
+    assert_equal_estimates(layer, layers)
+
+
 @pytest.mark.parametrize('broken', range(1, 5))
 @pytest.mark.parametrize('training', [True, False])
 def test_a_pass_that_broke_off_puts_no_other_out_of_step(broken, training):
@@ -106,47 +81,6 @@ def test_a_pass_that_broke_off_puts_no_other_out_of_step(broken, training):
     for t, one in zip(pyramid((9, 4, 2, 1, 1)), layers):
         torch.testing.assert_close(layer(t), one(t), rtol=0, atol=0)
     assert_equal_estimates(layer, layers)
-
-
-def test_fewer_levels_and_changes_of_mode():
-    layer = shared()
-    layers = separate(layer)
-    for sizes in ((8, 4, 2), SIZES, (6, 3), (4,)):
-        for t, one in zip(pyramid(sizes), layers):
-            torch.testing.assert_close(layer(t), one(t), rtol=0, atol=0)
-        layer.train(), [one.train() for one in layers]
-    assert_equal_estimates(layer, layers)
-
-
-@pytest.fixture(autouse=True)
-def _compiler():
-    torch._dynamo.reset()  # which counts what a process has compiled
-
-
-def test_a_pass_that_compiled_code_left_behind_is_over():
-    layer = shared()
-    layers = separate(layer)
-    head = Head(layer)
-    levels._thread.current.begin(None)  # as it does
-    for _ in range(2):
-        (x,) = pyramid((4,))
-        torch.testing.assert_close(head([x])[0], layers[0](x))
-
-
-class Head(nn.Module):
-    """What passes the levels through shared layers, one of them nested."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.block = nn.Sequential(nn.Identity(), layer)
-
-    def forward(self, levels):
-        outs = []
-        for x in levels:
-            if x is None:
-                raise InterruptedError
-            outs.append(self.block(x))
-        return outs
 
 
 @given(
@@ -236,101 +170,6 @@ def test_one_pass_for_code_outside_of_modules():
     assert_equal_estimates(layer, layers)
 
 
-@pytest.mark.parametrize('how', ['trace', 'export', 'fold and trace'])
-@pytest.mark.parametrize('left_over', [False, True])
-def test_recorded_with_fewer_levels(how, left_over):
-    layer = shared()
-    with torch.no_grad():
-        layer.running_mean.copy_(torch.randn(5, 6))
-    head = Head(layer).eval()
-    x = pyramid((8, 4, 2))
-    want = head(x)
-    if left_over:
-        layer(x[0]), head(x[:2])
-    if how == 'export':
-        recorded = torch.export.export(head, (x,)).module()
-    else:
-        net = fold(head, x) if how == 'fold and trace' else head
-        recorded = torch.jit.trace(net, (x,), check_trace=False)
-    for _ in range(2):
-        torch.testing.assert_close(list(recorded(x)), want)
-    torch.testing.assert_close(head(x), want, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize('compile', ['function', 'method'])
-def test_compiled_passes_begin_too(compile):
-    layer = shared()
-    layers = separate(layer)
-    net = Head(layer)
-    if compile == 'function':
-        net = torch.compile(net, fullgraph=True, backend='aot_eager')
-    else:
-        net.compile(fullgraph=True, backend='aot_eager')
-    for sizes in (SIZES, (4,), (4,), (4, 2), SIZES):
-        x = pyramid(sizes)
-        want = [one(t) for one, t in zip(layers, x)]
-        torch.testing.assert_close(net(x), want)
-    got = [getattr(layer, name) for name in ('running_mean', 'running_var')]
-    for value, name in zip(got, ('running_mean', 'running_var')):
-        want = torch.stack([getattr(one, name) for one in layers])
-        torch.testing.assert_close(value, want)
-
-
-@pytest.mark.parametrize('how', ['export', 'trace', 'compile', 'call'])
-def test_a_pass_that_cannot_be_recorded_is_over(how):
-    layer = shared()
-    layers = separate(layer)
-    head = Head(layer)
-    (x,) = pyramid((4,))
-    record = dict(
-        export=lambda: torch.export.export(head, ([x, None],), strict=False),
-        trace=lambda: torch.jit.trace(head, ([x],)),
-        compile=lambda: torch.compile(head, fullgraph=True)([x, None]),
-        call=lambda: head([x, None]),
-    )
-    with pytest.raises(Exception):  # noqa: B017  each its own
-        record[how]()
-    if how == 'call':  # the first level has moved
-        layers[0](x)
-    for _ in range(2):
-        torch.testing.assert_close(head([x])[0], layers[0](x))
-
-
-@pytest.mark.parametrize('where', ['before', 'within', 'after'])
-@pytest.mark.parametrize('checkpointed', [False, True])
-def test_a_graph_break_leaves_no_pass_behind(where, checkpointed):
-    """...whichever part of a pass is compiled, and which is not."""
-    layer = shared()
-    layers = separate(layer)
-
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.head = Head(layer)
-
-        def forward(self, x):
-            if where == 'before':
-                torch._dynamo.graph_break()
-            if where == 'within':
-                x = [*x[:1], torch.compiler.disable(nn.Identity())(x[1]), x[2]]
-            if checkpointed:
-                outs = checkpoint(self.head, x, use_reentrant=False)
-            else:
-                outs = self.head(x)
-            if where == 'after':
-                torch._dynamo.graph_break()
-            return [y + 0 for y in outs]
-
-    net = torch.compile(Broken(), backend='aot_eager')
-    for sizes in ((8, 4, 2), (4, 4, 4)):
-        x = pyramid(sizes)
-        want = [one(t) for one, t in zip(layers, x)]
-        torch.testing.assert_close(net(x), want)
-    for sizes in ((4,), (4,)):
-        (x,) = pyramid(sizes)
-        torch.testing.assert_close(Head(layer)([x])[0], layers[0](x))
-
-
 @pytest.mark.parametrize('sizes', [(9, 7, 5, 3, 1), (4, 4, 4, 4, 4)])
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('reentrant', [True, False])
@@ -378,17 +217,6 @@ def test_states():
         BCN(6, 2).load_state_dict(layer.state_dict())
     with pytest.raises(ValueError, match='num_levels must be positive'):
         BCN(6, num_levels=0)
-
-
-def test_compiles_as_it_runs():
-    layer, steps = shared(), [pyramid() for _ in range(3)]
-    compiled = copy.deepcopy(layer)
-    run = torch.compile(
-        lambda x: [compiled(t) for t in x], fullgraph=True, backend='aot_eager'
-    )
-    for x in steps:
-        torch.testing.assert_close(run(x), [layer(t) for t in x])
-    torch.testing.assert_close(list(compiled.buffers()), list(layer.buffers()))
 
 
 def retinanet(num_levels):

@@ -1,68 +1,145 @@
-"""What every backend must do; see bcn_mm/ops/kernels/README.md."""
+"""The laws of bcn_mm/ops/kernels/README.md, for every backend there is.
+
+A backend comes under all of them by being in ``BACKENDS``. The measure is the
+definition of reference.py in float64.
+"""
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import reference
+from support.operands import LAYOUTS
 
 from bcn_mm.ops import stages
-from bcn_mm.ops.kernels import BACKENDS, eager, kernels_for, native, using
-from bcn_mm.ops.layout import dense
-from bcn_mm.ops.stages import Affine, Batch, Moments, Spec
+from bcn_mm.ops.kernels import BACKENDS, eager, kernels_for, native
+from bcn_mm.ops.layout import compute_dtype
+from bcn_mm.ops.stages import Affine, Batch, Spec
 
-LAYOUTS = {
-    'contiguous': lambda x: x.contiguous(),
-    'channels_last': lambda x: x.contiguous(memory_format=torch.channels_last),
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# the mean of values that vary by 1: as far from 0 as the dtype tells them apart
+FAR = {
+    torch.float64: 1e4,
+    torch.float32: 1e4,
+    torch.float16: 100.0,
+    torch.bfloat16: 100.0,
 }
-HALF = [torch.float16, torch.bfloat16]
-every_backend = pytest.mark.parametrize('name', BACKENDS)
+CASES = {  # name -> shape of x, whether its mean is far from 0
+    'several samples': ((3, 6, 5, 5), False),
+    'one sample, one group': ((1, 5, 5, 7), False),
+    'long rows': ((2, 4, 60, 80), False),
+    'volumes': ((2, 4, 2, 3, 4), False),
+    'L = 1': ((4, 12, 1, 1), False),
+    'N = L = 1': ((1, 12, 1, 1), False),
+    'far': ((3, 6, 5, 5), True),
+    'far, one sample': ((1, 6, 40, 40), True),
+    'far, L = 1': ((4, 12, 1, 1), True),
+}
+
+
+def _served():
+    """Pairs of a backend and a dtype."""
+    for name, kernels in {**BACKENDS, 'functional': eager.Functional()}.items():
+        for dtype in DTYPES:
+            served = kernels.serves(torch.empty(1, 1, dtype=dtype))
+            skip = pytest.mark.skipif(not served, reason='not served by the backend')
+            short = str(dtype).split('.')[1]
+            yield pytest.param(kernels, dtype, id=f'{name}-{short}', marks=skip)
+
+
+every_backend = pytest.mark.parametrize('kernels, dtype', list(_served()))
 every_layout = pytest.mark.parametrize('layout', LAYOUTS)
+every_case = pytest.mark.parametrize('shape, far', CASES.values(), ids=CASES)
+both_stages = pytest.mark.parametrize(
+    'estimate', [True, False], ids=['estimate', 'batch']
+)
 
 
-@pytest.fixture
-def backend(name):
-    with using(name):
-        yield
+def draw(shape, dtype, layout, far=False):
+    mean = FAR[dtype] if far else 1.0
+    return layout((torch.randn(shape) + mean).to(dtype))
 
 
-@pytest.fixture(params=[1, 9000, 1 << 24])
-def portion(request, monkeypatch):
-    for module in (eager, native):
-        monkeypatch.setattr(module, '_PORTION', request.param)
-
-
-def operands(x, estimate=True):
+def operands(kernels, x, estimate=True):
     """What the functions take beside ``x``, nothing of it special."""
     channels, groups = x.shape[1], 1 + (x.shape[1] % 2 == 0)
-    moments = kernels_for(x).moments(x)
+    moments, spec = kernels.moments(x), Spec(groups, 1e-5)
     like = dict(dtype=moments.mean.dtype)
-    count = None if estimate else x.numel() // channels
-    batch = Batch(
-        torch.randn(channels, **like),
-        torch.rand(channels, **like) + 0.5,
-        count,
-    )
+    across = x.to(**like).transpose(0, 1).flatten(1)
+    if estimate:
+        mean = across.mean() + torch.randn(channels, **like)
+        batch = Batch(mean, torch.rand(channels, **like) + 0.5, None)
+    else:
+        var, mean = torch.var_mean(across, 1, correction=0)
+        batch = Batch(mean, (var + spec.eps).rsqrt(), across.shape[1])
     affine = Affine(*torch.randn(2, channels, **like), *torch.randn(2, groups, **like))
-    return moments, batch, affine, Spec(groups, 1e-5)
+    return moments, batch, affine, spec
 
 
-def rows_of(x, t):
-    return t.double().view(*t.shape, *[1] * (x.dim() - 2))
-
-
-def affine_of(x, moments, batch, affine, spec):
-    """What normalize is, from the algebra of the stages in float64."""
-    exact = x.double().flatten(2)
-    exact = Moments(exact.mean(2), exact.var(2, correction=0))
-    scale, at_mean = stages.forward(
-        exact,
-        Batch(batch.mean.double(), batch.inv_std.double(), None),
-        Affine(*(t.double() for t in affine)),
-        spec,
+def definition(x, batch, affine, spec):
+    """The result in float64, of leaves in float64."""
+    y, *_ = reference.bcn(
+        x,
+        spec.num_groups,
+        batch.mean.double(),
+        batch.inv_std.double() ** -2 - spec.eps,
+        *affine,
+        training=batch.count is not None,
+        estimate=False,
+        momentum=0.1,
     )
-    centred = x.double() - rows_of(x, exact.mean)
-    return rows_of(x, scale) * centred + rows_of(x, at_mean)
+    return y
+
+
+def rounding_of_the_mean(x):
+    """What it may cost values that vary by 1."""
+    return torch.finfo(compute_dtype(x)).eps * x.double().abs().max().item()
+
+
+def check_moments(kernels, x):
+    mean, var, _ = kernels.moments(x)
+    assert mean.dtype == var.dtype == compute_dtype(x)
+    exact = x.double().flatten(2)
+    centre = exact.mean(2, keepdim=True)
+    spread = (exact - centre).square().mean(2)
+    tight = 1e-10 if x.dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(mean.double(), centre.squeeze(2), rtol=tight, atol=tight)
+    torch.testing.assert_close(var.double(), spread, rtol=10 * tight, atol=1e-12)
+
+
+def check_normalize(kernels, x, estimate):
+    known = operands(kernels, x, estimate)
+    _, batch, affine, spec = known
+    y = kernels.normalize(x, *known)
+    assert y.dtype == x.dtype and y.stride() == x.stride()
+    want = definition(x.double(), batch, [t.double() for t in affine], spec)
+    # one rounding to the dtype of x
+    eps = torch.finfo(x.dtype).eps
+    floor = 1e-9 if x.dtype == torch.float64 else 1e-4
+    torch.testing.assert_close(
+        y.double(), want, rtol=eps, atol=max(floor, 4 * rounding_of_the_mean(x))
+    )
+
+
+def check_backward(kernels, x, estimate):
+    dy = torch.empty_like(x).copy_(torch.randn(x.shape))
+    known = operands(kernels, x, estimate)
+    _, batch, affine, spec = known
+    leaf = x.clone().double().requires_grad_()
+    leaves = [t.clone().double().requires_grad_() for t in affine]
+    y = definition(leaf, batch, leaves, spec)
+    want = torch.autograd.grad(y, [leaf, *leaves], dy.double())
+    sums = kernels.backward_reduce(dy, x, *known)
+    dx = kernels.backward_input(dy, x, sums, *known)
+    assert dx.dtype == x.dtype and dx.stride() == x.stride()
+    assert len(sums.along[0]) == len(sums.along[1]) == x.shape[1]
+    for got, value in zip((dx, *sums.affine), want):
+        eps = torch.finfo(got.dtype).eps
+        slack = 2 * eps
+        if got.dtype == compute_dtype(x):
+            slack = max(1e3 * eps, 32 * rounding_of_the_mean(x))
+        size = value.abs().max().item()
+        torch.testing.assert_close(got.double(), value, rtol=4 * eps, atol=slack * size)
 
 
 @every_backend
@@ -71,94 +148,48 @@ def affine_of(x, moments, batch, affine, spec):
     'shape', [(1, 5, 3, 4), (3, 5, 3, 4), (2, 4, 1, 1), (1, 3, 80, 60)]
 )
 @pytest.mark.parametrize('ratio', [0, 3, 1e2, 1e5])
-def test_moments_do_not_cancel(backend, layout, shape, ratio):
-    x = LAYOUTS[layout](torch.randn(shape) + ratio)
-    mean, var, _ = kernels_for(x).moments(x)
-    exact = x.double().flatten(2)
-    torch.testing.assert_close(mean.double(), exact.mean(2), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(
-        var.double(), exact.var(2, unbiased=False), rtol=1e-5, atol=1e-12
-    )
-
-
-@every_backend
-@pytest.mark.parametrize('dtype', HALF)
-@every_layout
-def test_moments_of_half_precision_are_float32(backend, dtype, layout, portion):
-    # squares overflow float16
-    x = LAYOUTS[layout](torch.randn(2, 3, 40, 40).to(dtype) * 200)
-    mean, var, _ = kernels_for(x).moments(x)
-    assert mean.dtype == var.dtype == torch.float32
-    exact = x.double().flatten(2)
-    torch.testing.assert_close(
-        var.double(), exact.var(2, unbiased=False), rtol=1e-5, atol=0
-    )
+def test_moments_do_not_cancel(kernels, dtype, layout, shape, ratio):
+    # float16 ends at 65504
+    x = torch.randn(shape) + (ratio if dtype.itemsize > 2 else min(ratio, 6e4))
+    check_moments(kernels, layout(x.to(dtype)))
 
 
 @every_backend
 @every_layout
-@pytest.mark.parametrize('dtype', [torch.double, torch.float, *HALF])
-@pytest.mark.parametrize(
-    'shape', [(2, 4, 60, 80), (3, 6, 5, 5), (1, 4, 1, 1), (4, 2, 1, 1)]
-)
-def test_normalize_is_the_affine_of_the_stages(backend, layout, dtype, shape, portion):
-    x = LAYOUTS[layout]((torch.randn(shape) + 1).to(dtype))
-    known = operands(x)
-    y = kernels_for(x).normalize(x, *known)
-    assert y.dtype == dtype and y.stride() == x.stride()
-    want = affine_of(x, *known)
-    # one rounding to the dtype of x
-    eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(
-        y.double(), want, rtol=eps, atol=max(1e-9, 1e-4 * (eps > 1e-10))
-    )
+@every_case
+@both_stages
+def test_normalize_is_the_definition(kernels, dtype, layout, shape, far, estimate):
+    check_normalize(kernels, draw(shape, dtype, layout, far), estimate)
 
 
 @every_backend
 @every_layout
-@pytest.mark.parametrize('estimate', [True, False])
-@pytest.mark.parametrize('dtype', [torch.double, torch.float, *HALF])
+@every_case
+@both_stages
+def test_backward_is_the_derivative(kernels, dtype, layout, shape, far, estimate):
+    check_backward(kernels, draw(shape, dtype, layout, far), estimate)
+
+
+@every_backend
+@every_layout
+@both_stages
 @pytest.mark.parametrize('shape', [(2, 4, 60, 80), (3, 6, 5, 5)])
-def test_backward_is_the_derivative(backend, layout, estimate, dtype, shape, portion):
-    x = LAYOUTS[layout](torch.randn(shape).to(dtype))
-    dy = LAYOUTS[layout](torch.randn(shape).to(dtype))
-    kernels, channels = kernels_for(x), shape[1]
-    leaf = x.detach().clone().double().requires_grad_()
-    moments, batch, affine, spec = operands(x, estimate)
-    if not estimate:
-        var, mean = torch.var_mean(x.to(moments.mean.dtype), (0, 2, 3), correction=0)
-        batch = Batch(mean, (var + spec.eps).rsqrt(), batch.count)
-    leaves = [t.clone().double().requires_grad_() for t in affine]
-    y, *_ = reference.bcn(
-        leaf,
-        spec.num_groups,
-        batch.mean.double(),
-        batch.inv_std.double() ** -2 - spec.eps,
-        *leaves,
-        not estimate,
-        False,
-        0.1,
-    )
-    want = torch.autograd.grad(y, [leaf, *leaves], dy.double())
-    known = moments, batch, affine, spec
-    sums = kernels.backward_reduce(dy, x, *known)
-    dx = kernels.backward_input(dy, x, sums, *known)
-    assert dx.dtype == dtype and dx.stride() == x.stride()
-    assert len(sums.along[0]) == len(sums.along[1]) == channels
-    eps = torch.finfo(dtype).eps
-    for got, value in zip((dx, *sums.affine), want):
-        size = value.abs().max().item()
-        wide = eps if got is dx else torch.finfo(got.dtype).eps
-        torch.testing.assert_close(
-            got.double(),
-            value,
-            rtol=4 * wide,
-            atol=1e3 * wide * size if wide < 1e-4 else 2 * wide * size,
-        )
+@pytest.mark.parametrize('portion', [1, 9000])
+def test_whatever_is_worked_on_at_once(
+    kernels, dtype, layout, estimate, shape, portion, monkeypatch
+):
+    """All of it holds, x being taken in portions or as a whole."""
+    for module in (eager, native):
+        monkeypatch.setattr(module, '_PORTION', portion)
+    x = draw(shape, dtype, layout)
+    check_moments(kernels, 200 * x)  # whose squares overflow float16
+    check_normalize(kernels, x, estimate)
+    check_backward(kernels, x, estimate)
 
 
 @every_backend
 @every_layout
+@settings(max_examples=30)  # times four dtypes
 @given(
     shape=st.tuples(*[st.integers(1, 5)] * 4),
     bad=st.lists(
@@ -169,34 +200,32 @@ def test_backward_is_the_derivative(backend, layout, estimate, dtype, shape, por
     offset=st.sampled_from([0.0, 10.0, 1e5]),
     seed=st.integers(0, 999),
 )
-def test_rows_do_not_see_each_other(name, layout, shape, bad, offset, seed):
+def test_rows_do_not_see_each_other(kernels, dtype, layout, shape, bad, offset, seed):
     """...whatever is not finite, or overflows, in some of them."""
     torch.manual_seed(seed)
-    x = torch.randn(shape) + offset
+    x = (torch.randn(shape) + min(offset, torch.finfo(dtype).max / 2)).to(dtype)
     spoilt = x.clone()
     for value in bad:
         n, c, i, j = (torch.randint(s, ()) for s in shape)
         spoilt[n, c, i, j] = value
     same = (x == spoilt).flatten(2).all(2)
-    x, spoilt = LAYOUTS[layout](x), LAYOUTS[layout](spoilt)
-    with using(name):
-        kernels = kernels_for(x)
-        moments, hurt = kernels.moments(x), kernels.moments(spoilt)
-        for want, got in zip(moments[:2], hurt):
-            assert torch.equal(got[same], want[same])
-        assert (hurt.var[same] >= 0).all()
-        # one group for all would mix them
-        moments, batch, affine, _ = operands(x)
-        affine = affine._replace(weight=None, bias=None)
-        spec = Spec(shape[1], 1e-5)
-        y = kernels.normalize(spoilt, hurt, batch, affine, spec)
-        want = kernels.normalize(x, moments, batch, affine, spec)
+    x, spoilt = layout(x), layout(spoilt)
+    moments, hurt = kernels.moments(x), kernels.moments(spoilt)
+    for want, got in zip(moments[:2], hurt):
+        assert torch.equal(got[same], want[same])
+    assert (hurt.var[same] >= 0).all()
+    # one group for all would mix them
+    moments, batch, affine, _ = operands(kernels, x)
+    affine = affine._replace(weight=None, bias=None)
+    spec = Spec(shape[1], 1e-5)
+    y = kernels.normalize(spoilt, hurt, batch, affine, spec)
+    want = kernels.normalize(x, moments, batch, affine, spec)
     assert torch.equal(y[same], want[same])
 
 
 @every_backend
 @every_layout
-@pytest.mark.parametrize('dtype', [torch.float, torch.bfloat16, torch.double])
+@settings(max_examples=30)  # times four dtypes
 @given(
     n=st.integers(1, 3),
     size=st.integers(1, 7),
@@ -204,19 +233,17 @@ def test_rows_do_not_see_each_other(name, layout, shape, bad, offset, seed):
     inv_std=st.sampled_from([1.0, 316.0]),
 )
 def test_planes_of_one_value_stay_planes_of_one_value(
-    name, dtype, layout, n, size, value, inv_std
+    kernels, dtype, layout, n, size, value, inv_std
 ):
     x = torch.full((n, 4, size, size), value, dtype=dtype)
-    x = LAYOUTS[layout](x * torch.rand(1, 4, 1, 1).to(dtype))
-    with using(name):
-        kernels = kernels_for(x)
-        moments, batch, affine, spec = operands(x)
-        batch = Batch(x[0, :, 0, 0].to(batch.mean), batch.inv_std * inv_std, 1)
-        known = moments, batch, affine, spec
-        y = kernels.normalize(x, *known)
-        sums = kernels.backward_reduce(x, x, *known)
-        dx = kernels.backward_input(x, x, sums, *known)
-        _, at_mean = stages.forward(*known)
+    x = layout(x * torch.rand(1, 4, 1, 1).to(dtype))
+    moments, batch, affine, spec = operands(kernels, x)
+    batch = Batch(x[0, :, 0, 0].to(batch.mean), batch.inv_std * inv_std, 1)
+    known = moments, batch, affine, spec
+    y = kernels.normalize(x, *known)
+    sums = kernels.backward_reduce(x, x, *known)
+    dx = kernels.backward_input(x, x, sums, *known)
+    _, at_mean = stages.forward(*known)
     assert not moments.var.any()
     want = at_mean[:, :, None, None].expand(x.shape).to(dtype)
     assert torch.equal(y, want)
@@ -224,61 +251,29 @@ def test_planes_of_one_value_stay_planes_of_one_value(
 
 
 @every_backend
+@every_layout
+@pytest.mark.parametrize('n', [1, 2])
+def test_results_are_no_views(kernels, dtype, layout, n):
+    """An in-place ReLU follows."""
+    x = draw((n, 4, 4, 4), dtype, layout)
+    assert not kernels.normalize(x, *operands(kernels, x))._is_view()
+
+
+@pytest.mark.parametrize('dtype', DTYPES)
 @pytest.mark.parametrize('shape', [(0, 4, 3, 3), (2, 4, 0, 3), (0, 4)])
-def test_nothing_to_do(backend, shape):
-    x = torch.randn(shape)
-    kernels = kernels_for(x)
+def test_nothing_to_do(backend, dtype, shape):
+    """Of N = 0 or L = 0, whichever backend is chosen."""
+    x = torch.randn(shape).to(dtype)
+    kernels, like = kernels_for(x), dict(dtype=compute_dtype(x))
     moments = kernels.moments(x)
     assert moments.mean.shape == moments.var.shape == (0, 4)
-    batch = Batch(torch.zeros(4), torch.ones(4), 0)
-    affine = Affine(*torch.randn(2, 4), *torch.randn(2, 2))
+    batch = Batch(torch.zeros(4, **like), torch.ones(4, **like), 0)
+    affine = Affine(*torch.randn(2, 4, **like), *torch.randn(2, 2, **like))
     known = moments, batch, affine, Spec(2, 1e-5)
-    assert kernels.normalize(x, *known).shape == shape
+    y = kernels.normalize(x, *known)
     sums = kernels.backward_reduce(x, x, *known)
-    assert kernels.backward_input(x, x, sums, *known).shape == shape
+    dx = kernels.backward_input(x, x, sums, *known)
+    assert y.shape == dx.shape == shape and y.dtype == dx.dtype == dtype
     for got, parameter in zip(sums.affine, affine):
         assert torch.equal(got, torch.zeros_like(parameter))
     assert not sums.along[0].any() and not sums.along[1].any()
-
-
-@every_backend
-def test_results_are_no_views(backend):
-    """An in-place ReLU follows."""
-    for x in (torch.randn(2, 4, 4, 4), torch.randn(1, 4, 4, 4)):
-        for layout in LAYOUTS.values():
-            x = layout(x)
-            assert not kernels_for(x).normalize(x, *operands(x))._is_view()
-
-
-def test_what_is_chosen():
-    x = torch.randn(1, 4, 2, 2)
-    assert type(kernels_for(x)) is native.Native
-    assert type(kernels_for(x.to('meta'))) is eager.Eager
-    with using('eager'):
-        assert type(kernels_for(x)) is eager.Eager
-    with using('native'):
-        assert type(kernels_for(x)) is native.Native
-        with pytest.raises(RuntimeError, match='native does not serve.*meta'):
-            kernels_for(x.to('meta'))
-    with pytest.raises(ValueError, match="auto, native, eager, but is 'x'"):
-        using('x').__enter__()
-    assert type(kernels_for(x)) is native.Native
-
-
-def test_dense_copies_only_what_it_must():
-    x = torch.randn(2, 3, 4, 4)
-    last = x.contiguous(memory_format=torch.channels_last)
-    assert dense(x) is x and dense(last) is last
-    strided = x[..., ::2]
-    assert dense(strided).is_contiguous()
-
-
-def test_moments_repair_in_several_portions(monkeypatch):
-    monkeypatch.setattr(native, '_PORTION', 20)
-    x = torch.randn(4, 6, 3, 3, dtype=torch.double)
-    x[1:3] += 1e6
-    mean, var, _ = native.Native().moments(x)
-    torch.testing.assert_close(mean, x.mean((2, 3)))
-    torch.testing.assert_close(
-        var, x.flatten(2).var(2, unbiased=False), rtol=1e-7, atol=0
-    )

@@ -1,0 +1,84 @@
+"""How estimates begin, and what they are averages of."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import reference
+from support.operands import AFFINE, operands
+
+from bcn_mm.ops import batch_channel_norm
+
+
+def passes(batches, momentum, start, mean, var):
+    """Normalize one batch after the other; returns mean, variance, count."""
+    mean, var = mean.clone(), var.clone()
+    count = torch.tensor(0)
+    for x in batches:
+        batch_channel_norm(
+            x,
+            1,
+            mean,
+            var,
+            training=True,
+            momentum=momentum,
+            start=start,
+            num_batches_tracked=count,
+        )
+    return mean, var, count
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    # 0.09 is below 1 / 10, so that the last pass is averaged too
+    rule=st.sampled_from([(None, 'identity'), (None, 'average'), (0.09, 'average')]),
+    number=st.integers(1, 10),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_an_average_is_that_of_all_samples(backend, rule, number, batch, seed):
+    """At rate 1 / n: mean and variance of all samples, whatever was before."""
+    torch.manual_seed(seed)
+    batches = torch.randn(number, batch, 3, 5, 5, dtype=torch.double)
+    batches += 7 * torch.randn(number, batch, 3, 1, 1)
+    old = torch.randn(3).double(), torch.rand(3).double()
+    mean, var, count = passes(batches, *rule, *old)
+    assert count == number
+    samples = batches.transpose(0, 2).flatten(1)
+    torch.testing.assert_close(mean, samples.mean(1))
+    torch.testing.assert_close(var, samples.var(1, correction=0))
+
+
+@pytest.mark.parametrize('start, early', [('first', 1), ('average', 3)])
+def test_after_the_start_comes_the_papers_rule(backend, start, early):
+    momentum = 0.25
+    batches = torch.randn(9, 2, 3, 5, 5, dtype=torch.double) * 2 + 3
+    zero, one = torch.zeros(3).double(), torch.ones(3).double()
+    mean, var, _ = passes(batches, momentum, start, zero, one)
+    samples = batches[:early].transpose(0, 2).flatten(1)
+    known = samples.mean(1), samples.var(1, correction=0)
+    affine = operands(3, 1)
+    affine = [affine[k] for k in AFFINE]
+    for x in batches[early:]:
+        known = reference.bcn(
+            x,
+            1,
+            *known,
+            *affine,
+            training=True,
+            estimate=True,
+            momentum=momentum,
+        )[1:]
+    torch.testing.assert_close(mean, known[0])
+    torch.testing.assert_close(var, known[1])
+    plain = passes(batches, momentum, 'identity', zero, one)
+    assert not torch.allclose(plain[1], var)
+
+
+def test_a_start_needs_the_number_of_passes():
+    x = torch.randn(2, 3, 4, 4)
+    for rule in (dict(momentum=None), dict(start='first')):
+        with pytest.raises(ValueError, match='needs num_batches_tracked'):
+            batch_channel_norm(
+                x, 1, torch.zeros(3), torch.ones(3), training=True, **rule
+            )
