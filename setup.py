@@ -1,9 +1,17 @@
+"""What pyproject.toml cannot say: the files that are shipped beside the package."""
+
 import re
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import __version__, find_packages, setup
 
 ROOT = Path(__file__).parent
+
+if int(__version__.split('.')[0]) < 64:
+    raise SystemExit(
+        f'bcn_mm needs setuptools 64 or later to be built, but this is {__version__}: '
+        f"pip install 'setuptools>=64,<81', or leave out --no-build-isolation"
+    )
 
 
 def version() -> str:
@@ -18,8 +26,7 @@ def requirements(name: str) -> list:
 
 def shipped(*patterns: str) -> list:
     """Files in bcn_mm/.mim, where mmengine and mim look for what a package
-    offers: links to the real folders in the repository, copies in a wheel.
-    setuptools expands ** only since 62.3, and mim's set-up installs 60.2."""
+    offers: links to the real folders in the repository, copies in a wheel."""
     package = ROOT / 'bcn_mm'
     if not (package / '.mim' / 'configs').is_dir():
         raise SystemExit(
@@ -34,13 +41,18 @@ def shipped(*patterns: str) -> list:
     ]
 
 
+extras = dict(
+    mm=requirements('mminstall'),
+    **{name: requirements(name) for name in ('imagenet', 'export', 'study', 'docs')},
+)
+extras['tests'] = sum(
+    (requirements(name) for name in ('tests', 'export', 'study', 'docs')), []
+)
+
 setup(
-    name='bcn-mm',
     version=version(),
-    description='Batch-Channel Normalization and Weight Standardization for OpenMMLab',
     long_description=(ROOT / 'README.md').read_text(),
     long_description_content_type='text/markdown',
-    license='Apache-2.0',
     packages=find_packages(include=['bcn_mm', 'bcn_mm.*']),
     package_data=dict(
         bcn_mm=shipped(
@@ -51,23 +63,8 @@ setup(
             'tools/slurm_*.sh',
         )
     ),
-    python_requires='>=3.9',
-    # torch (2.4 or later; tried: 2.13), mmcv and the other mm packages are the
-    # user's own choice of build or fork (requirements/mminstall.txt, or
-    # lock-onedl.txt), so none is required here
+    # torch (2.0 or later), mmcv and the other mm packages are the user's own
+    # choice of build or fork (docs/installation.md), so none is required here
     install_requires=requirements('runtime'),
-    extras_require=dict(
-        mm=requirements('mminstall'),
-        imagenet=requirements('imagenet'),
-        export=requirements('export'),
-        study=requirements('study'),
-        tests=[
-            line for name in ('tests', 'export', 'study') for line in requirements(name)
-        ],
-    ),
-    classifiers=[
-        'License :: OSI Approved :: Apache Software License',
-        'Programming Language :: Python :: 3',
-        'Topic :: Scientific/Engineering :: Artificial Intelligence',
-    ],
+    extras_require=extras,
 )

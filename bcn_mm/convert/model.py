@@ -22,10 +22,8 @@ from .tree import innermost, part_of, walk
 def in_scope(cfg: Config) -> Iterator[Registry]:
     """The model registry of a config's scope, e.g. mmdet's."""
     scope = cfg.get('default_scope') or 'mmengine'
-    with (
-        DefaultScope.overwrite_default_scope(scope),
-        MODELS.switch_scope_and_registry(scope) as registry,
-    ):
+    switched = MODELS.switch_scope_and_registry(scope)
+    with DefaultScope.overwrite_default_scope(scope), switched as registry:
         yield registry
 
 
