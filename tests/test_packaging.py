@@ -131,20 +131,3 @@ def test_editable_install(use, tmp_path):
     if f'{ROOT}/bcn_mm/' not in done.stdout:
         pytest.skip('bcn_mm is not installed here from this folder (pip -e)')
     assert f'{ROOT}/bcn_mm\n' in use('')
-
-
-def test_unknown_stack():
-    done = run('bash', 'tools/setup_env.sh', MM_STACK='openlab')
-    assert done.returncode == 1
-    assert done.stdout == (
-        "[setup] error: there is no MM_STACK 'openlab'. Set it to openmmlab or onedl\n"
-    )
-
-
-def test_environment_is_of_one_stack():
-    ask = 'source tools/setup_env.sh; complete "$0" "$1"'
-    fits = {
-        stack: run('bash', '-c', ask, sys.executable, stack).returncode == 0
-        for stack in ('', 'openmmlab', 'onedl')
-    }
-    assert fits[''] and fits['openmmlab'] != fits['onedl']
