@@ -1,9 +1,11 @@
 """What an installed bcn_mm offers away from the repository, and its set-up."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 
 import pytest
@@ -55,13 +57,17 @@ def tracked(*folders):
     return [n for n in names if n and os.path.lexists(ROOT / n)]
 
 
+def copy_of_repository(folder):
+    """What git tracks, so that nothing here gets dirty."""
+    for name in tracked():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    return folder
+
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory, python):
-    """Built from a copy of what git tracks, so that it dirties nothing."""
-    copy = tmp_path_factory.mktemp('copy')
-    for name in tracked():
-        (copy / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    copy = copy_of_repository(tmp_path_factory.mktemp('copy'))
     python(
         '-m',
         'pip',
@@ -131,3 +137,39 @@ def test_editable_install(use, tmp_path):
     if f'{ROOT}/bcn_mm/' not in done.stdout:
         pytest.skip('bcn_mm is not installed here from this folder (pip -e)')
     assert f'{ROOT}/bcn_mm\n' in use('')
+
+
+def test_language_is_that_of_the_oldest_python(python, tmp_path):
+    """Of what users install and run; vermin reads it, nothing runs."""
+    [oldest] = re.findall(
+        r'requires-python = ">=(\S+)"', (ROOT / 'pyproject.toml').read_text()
+    )
+    folders = ['bcn_mm', 'tools', 'configs', 'setup.py']
+    vermin = 'from vermin import main; main()'
+    python('-c', vermin, '--no-tips', '--violations', f'-t={oldest}-', *folders)
+    (tmp_path / 'newer.py').write_text('import tomllib\n')
+    done = run(sys.executable, '-c', vermin, f'-t={oldest}-', tmp_path)
+    assert done.returncode != 0, 'vermin does not see what is newer'
+
+
+def test_installing_changes_no_other_package(tmp_path, python):
+    """``pip install -e .`` of README, into an environment that has the rest."""
+    python('-m', 'venv', '--system-site-packages', tmp_path / 'env')
+    # the site-packages of this environment, which may itself be a venv
+    [site] = (tmp_path / 'env').glob('lib/python*/site-packages')
+    (site / 'rest.pth').write_text(sysconfig.get_path('purelib'))
+    copy_of_repository(tmp_path / 'copy')
+
+    def pip(*words):
+        done = run(tmp_path / 'env' / 'bin' / 'python', '-m', 'pip', *words)
+        assert done.returncode == 0, done.stdout
+        return done.stdout.splitlines()
+
+    def frozen():
+        return [x for x in pip('freeze', '--all') if 'bcn' not in x]
+
+    before = frozen()
+    assert any(line.startswith('mmengine==') for line in before)
+    out = pip('install', '--no-build-isolation', '-e', tmp_path / 'copy')
+    assert 'Successfully installed bcn-mm-' in out[-1]
+    assert frozen() == before

@@ -15,11 +15,17 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/setup_env.sh"
 ensure_env
 cd "$ROOT"
-if "$PY" -m ruff --version >/dev/null 2>&1; then
-    "$PY" -m ruff check .
-else
-    say "ruff is not installed here: the style is not checked"
-fi
+# lint TOOL WORDS...: where it is installed
+lint() {
+    if "$PY" -m "$1" --version >/dev/null 2>&1; then
+        "$PY" -m "$@"
+    else
+        say "$1 is not installed here: what it checks is not checked"
+    fi
+}
+lint ruff check .
+lint ruff format --check --quiet .
+lint mypy
 # files are shared out among workers, each with one core's threads
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 exec "$PY" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"

@@ -6,7 +6,7 @@ exactly the same takes the place of Python's.
 """
 
 import pickle
-from functools import cache
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, Callable, Dict
 
@@ -59,7 +59,7 @@ def allow_mmengine_checkpoints() -> None:
         )
 
 
-@cache
+@lru_cache(maxsize=None)
 def _allowed() -> Dict[str, Any]:
     from torch import _weights_only_unpickler as known
 
