@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..ops import exporting, recomputation
-from ..ops._compat import after_every_call, is_dynamo_compiling, module_call
+from ..ops._compat import ALWAYS_CALL, is_dynamo_compiling, module_call
 
 
 class _Pass:
@@ -104,7 +104,7 @@ def _listen() -> None:
         _hooks.extend(
             (
                 _module.register_module_forward_pre_hook(_enter),
-                after_every_call(_leave),
+                _module.register_module_forward_hook(_leave, **ALWAYS_CALL),
             )
         )
 

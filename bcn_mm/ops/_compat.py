@@ -8,8 +8,6 @@ from typing import Callable, List, Tuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as _module
-from torch.utils.hooks import RemovableHandle
 
 
 def version_of(text: str) -> Tuple[int, int]:
@@ -103,13 +101,8 @@ HALF_BATCH_NORM = _works(
 module_call = getattr(nn.Module, '_wrapped_call_impl', nn.Module._call_impl)
 
 
-def after_every_call(hook: Callable) -> RemovableHandle:
-    """Call ``hook(module, inputs, output)`` after all calls of modules.
-
-    Also after those that an error ended, which torch 2.0 cannot.
-    """
-    always = dict(always_call=True) if TORCH >= (2, 1) else {}
-    return _module.register_module_forward_hook(hook, **always)
+#: Has a forward hook run after calls that an error ended, too; torch 2.0 cannot.
+ALWAYS_CALL = dict(always_call=True) if TORCH >= (2, 1) else {}
 
 
 def opaque_operator(schema: str, compute: Callable, fake: Callable) -> Callable:

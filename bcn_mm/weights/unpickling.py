@@ -5,8 +5,10 @@ allow. It can be told so since torch 2.6; before, an unpickler of ours that make
 exactly the same takes the place of Python's.
 """
 
+import codecs
 import pickle
 from functools import lru_cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any, Callable, Dict
 
@@ -36,7 +38,8 @@ def _history_statistic(owner: object, name: str) -> Callable:
 def _mmengine_types() -> Dict[str, Any]:
     """What mmengine's checkpoints hold beside weights: log histories and
     numpy scalars, under the names that numpy 1 and 2 write."""
-    multiarray = (getattr(np, '_core', None) or np.core).multiarray
+    core = 'numpy._core' if np.__version__.split('.')[0] >= '2' else 'numpy.core'
+    multiarray = import_module(f'{core}.multiarray')
     kinds = {type(np.dtype(code)) for code in '?bBhHiIlLqQefdFDU'}
     types = [HistoryBuffer, np.ndarray, np.dtype, *kinds]
     allowed = {f'{t.__module__}.{t.__qualname__}': t for t in types}
@@ -64,11 +67,13 @@ def _allowed() -> Dict[str, Any]:
     from torch import _weights_only_unpickler as known
 
     dtypes = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-    return {**dtypes, **known._get_allowed_globals(), **_mmengine_types()}
+    more = {'_codecs.encode': codecs.encode}  # bytes, in the pickles of Python 2
+    return {**dtypes, **more, **known._get_allowed_globals(), **_mmengine_types()}
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        module = {'__builtin__': 'builtins'}.get(module, module)  # Python 2's name
         try:
             return _allowed()[f'{module}.{name}']
         except KeyError:
@@ -96,7 +101,8 @@ def as_data(load: Callable) -> Callable:
         return load
 
     def load_data(f, map_location=None, pickle_module=None, **kwargs):
-        if pickle_module is None and kwargs.pop('weights_only', None) is not False:
+        if pickle_module is None and kwargs.get('weights_only') is not False:
+            kwargs.pop('weights_only', None)
             pickle_module = _weights_pickle
         return load(f, map_location, pickle_module, **kwargs)
 

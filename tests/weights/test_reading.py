@@ -13,7 +13,16 @@ from torch import nn
 
 from bcn_mm import BCN
 from bcn_mm.errors import InputError
+from bcn_mm.weights import unpickling
 from bcn_mm.weights.reading import check_match, read_checkpoint
+
+# torch's own way to read weights only, and the one for a torch before 2.6
+ROUTES = [unpickling.TELLS, False] if unpickling.TELLS else [False]
+
+
+@pytest.fixture(autouse=True, params=ROUTES, ids=['torch', 'ours'][-len(ROUTES) :])
+def _route(request, monkeypatch):
+    monkeypatch.setattr(unpickling, 'TELLS', request.param)
 
 
 def test_mmengine_checkpoints_load_weights_only(tmp_path):
@@ -26,8 +35,9 @@ def test_mmengine_checkpoints_load_weights_only(tmp_path):
             array=np.arange(3.0),
         ),
     )
-    with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
-        pass  # the fork of mmengine does so, and none of them is left
+    if unpickling.TELLS:
+        with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
+            pass  # the fork of mmengine does so, and none of them is left
     loaded = read_checkpoint(save(tmp_path / 'a.pth', state))
     hub = loaded['message_hub']
     assert hub['log_scalars']['loss'].mean() == 1.5
@@ -52,6 +62,35 @@ def test_code_in_a_checkpoint_is_refused(tmp_path, monkeypatch, value):
     with pytest.raises(InputError, match='evil.pth.*was not loaded'):
         read_checkpoint(path)
     assert not (tmp_path / 'harmed').exists()
+
+
+def test_loading_without_a_word_is_of_data_alone(tmp_path, monkeypatch):
+    """As torch's own is since 2.6; who wants all says so, as there."""
+    monkeypatch.chdir(tmp_path)
+    load = unpickling.as_data(torch.load)
+    path = save('evil.pth', dict(extra=Evil(os.system, 'touch harmed')))
+    for more in ({}, dict(map_location='cpu', weights_only=True)):
+        with pytest.raises(pickle.UnpicklingError, match=r'GLOBAL (posix|nt)\.system'):
+            load(path, **more)
+    assert not (tmp_path / 'harmed').exists()
+    load(path, weights_only=False)
+    assert (tmp_path / 'harmed').exists()
+
+
+@pytest.mark.parametrize('legacy', [False, True])
+def test_tensors_come_as_they_were(tmp_path, legacy):
+    kinds = (torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.uint8)
+    state = {str(kind): torch.ones(3, dtype=kind) for kind in kinds}
+    view = torch.arange(12.0).view(3, 4)
+    state.update(view=view.t()[1:], parameter=nn.Parameter(view), dtype=torch.half)
+    torch.save(state, tmp_path / 'a.pth', _use_new_zipfile_serialization=not legacy)
+    loaded = read_checkpoint(str(tmp_path / 'a.pth'))['state_dict']
+    assert loaded['dtype'] is torch.half
+    assert isinstance(loaded['parameter'], nn.Parameter)
+    for name, value in state.items():
+        if torch.is_tensor(value):
+            torch.testing.assert_close(loaded[name], value, rtol=0, atol=0)
+            assert loaded[name].stride() == value.stride()
 
 
 @pytest.mark.parametrize('keep', [0, 10, 400, 0.5, 0.99])

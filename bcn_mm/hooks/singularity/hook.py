@@ -11,6 +11,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ...ops._compat import ALWAYS_CALL
 from .measure import Measurement, ReLUTracer, measure
 from .plot import draw_history
 from .statistics import (
@@ -190,7 +191,7 @@ class EliminationSingularityHook(Hook):
         self._remove_model_hooks()  # a step that raised an error left it open
         self._model_hooks = [
             runner.model.register_forward_pre_hook(self._begin_forward),
-            runner.model.register_forward_hook(self._end_forward, always_call=True),
+            runner.model.register_forward_hook(self._end_forward, **ALWAYS_CALL),
         ]
 
     def after_train_iter(
