@@ -47,6 +47,15 @@ def real_data():
     return REAL_DATA
 
 
+@pytest.fixture
+def log():
+    """The lines that mmengine's logger is given."""
+    from support.checkpoints import logged_lines
+
+    with logged_lines() as lines:
+        yield lines
+
+
 def run(*command, timeout=600, cwd=ROOT, **environment):
     """Run a command of the user's; returns it with its output as text."""
     return subprocess.run(

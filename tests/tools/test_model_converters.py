@@ -86,7 +86,7 @@ def test_help(tool, capsys):
     assert 'usage' in capsys.readouterr().out
 
 
-# -- malformed ones: name -> (what to do, arguments, message) ---------------------
+# -- malformed: name -> (change or arguments, message) -------------------------
 
 
 BN1 = 'bn1.pbn.running_mean'
