@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from mmengine.logging import MMLogger
 
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
+from bcn_mm.ops.kernels import BACKENDS, using
 
 ROOT = Path(__file__).parents[1]
 # what tests share, and the studies
@@ -47,6 +48,24 @@ def real_data():
             'to a folder with coco/ and cityscapes/'
         )
     return REAL_DATA
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Have one backend after the other make all passes."""
+    if not BACKENDS[request.param].serves(torch.empty(1, 1)):
+        pytest.skip(f'{request.param} does not serve the CPU')
+    with using(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def log():
+    """The lines that mmengine's logger is given."""
+    from support.checkpoints import logged_lines
+
+    with logged_lines() as lines:
+        yield lines
 
 
 def run(*command, timeout=600, cwd=ROOT, **environment):

@@ -3,17 +3,10 @@
 import pytest
 import torch
 from mmengine.runner.checkpoint import load_state_dict
-from support.checkpoints import logged_lines
 from support.layers import randomize, resnet, same
 from torch import nn
 
 from bcn_mm import BCN
-
-
-@pytest.fixture
-def log():
-    with logged_lines() as lines:
-        yield lines
 
 
 def test_own_state_round_trip(log):

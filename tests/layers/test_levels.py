@@ -199,7 +199,7 @@ def test_recomputation_finds_the_level(training, reentrant, sizes):
     torch.testing.assert_close(*outcomes, rtol=1e-12, atol=1e-12)
 
 
-def test_states():
+def test_state_round_trip():
     layer = shared()
     [layer(t) for t in pyramid()]
     again = shared()
@@ -207,14 +207,25 @@ def test_states():
     layer.eval(), again.eval()
     for t in pyramid():
         torch.testing.assert_close(layer(t), again(t), rtol=0, atol=0)
-    # from a layer without levels, and from BatchNorm
+
+
+def test_all_levels_start_from_the_one_estimate_of_a_state():
+    """...of a layer without levels, and of BatchNorm."""
+    layer = shared()
+    [layer(t) for t in pyramid()]
     for source in (BCN(6, 2), nn.BatchNorm2d(6)):
         source.double()(pyramid()[0])
         layer.load_state_dict(source.state_dict())
         want = source.running_mean.expand(5, 6)
         torch.testing.assert_close(layer.running_mean, want, rtol=0, atol=0)
+
+
+def test_a_layer_without_levels_refuses_a_state_with_them():
     with pytest.raises(RuntimeError, match='size mismatch'):
-        BCN(6, 2).load_state_dict(layer.state_dict())
+        BCN(6, 2).load_state_dict(shared().state_dict())
+
+
+def test_bad_num_levels():
     with pytest.raises(ValueError, match='num_levels must be positive'):
         BCN(6, num_levels=0)
 

@@ -123,7 +123,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
 
     exact = differentiate(ours, torch.double)
     got = differentiate(ours, torch.float)
-    bar = differentiate(theirs, torch.float)
+    composed = differentiate(theirs, torch.float)
     shifted = x.double()
     if length > 1 and planes in ('random', 'nearly'):
         ulp = torch.finfo(x.dtype).eps * shifted.abs().amax(2, keepdim=True)
@@ -132,7 +132,7 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
     torch.testing.assert_close(  # that it is the same thing
         exact, differentiate(theirs, torch.double), rtol=1e-6, atol=1e-6
     )
-    for value, *others in zip(exact, got, bar, shifted):
+    for value, *others in zip(exact, got, composed, shifted):
         error, allowed, rounding = ((t - value).abs().max().item() for t in others)
         floor = 1e-5 * value.abs().max().item() + 1e-5
         assert error <= 10 * allowed + 2 * rounding + floor

@@ -66,8 +66,8 @@ def test_agrees_with_the_definition(
         # where a variance is zero the true gradient is too, and what is left
         # is rounding, amplified by 1 / eps
         slack = 1e-10 if n * depth * x[0, 0].numel() > 1 else 1e-6
-        few = not estimate and training and n * x[0, 0].numel() == 1
-        slack = 1e-6 if few else slack
+        single = not estimate and training and n * x[0, 0].numel() == 1
+        slack = 1e-6 if single else slack
         for a, b in zip(
             torch.autograd.grad(got, [x, *leaves], dy),
             torch.autograd.grad(want, [x, *leaves], dy),

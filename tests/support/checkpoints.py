@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import re
+from collections import OrderedDict
 
 import torch
 from mmdet.models.backbones import ResNet
@@ -17,6 +19,62 @@ class Evil:
 
     def __reduce__(self):
         return self.call
+
+
+def small(state):
+    """One number in place of each tensor, so that files are small."""
+    return OrderedDict(
+        (k, v.flatten()[:1].squeeze(0).clone().expand(v.shape))
+        for k, v in state.items()
+    )
+
+
+# -- changes of a state dict, in place ----------------------------------------
+
+
+def put(name, value):
+    def change(state):
+        state[name] = value(state[name]) if callable(value) else value
+
+    return change
+
+
+def fill(number):
+    return lambda value: torch.full_like(value, number)
+
+
+def shape(*sizes):
+    return lambda value: torch.ones(()).expand(sizes)
+
+
+def drop(*names):
+    def change(state):
+        for name in names:
+            del state[name]
+
+    return change
+
+
+def rename(pattern, new):
+    def change(state):
+        for name in list(state):
+            state[re.sub(pattern, new, name)] = state.pop(name)
+
+    return change
+
+
+def instead(make):
+    """Another state altogether."""
+
+    def change(state):
+        new = make()
+        state.clear()
+        state.update(new)
+
+    return change
+
+
+# -- backbones, and files that they load --------------------------------------
 
 
 def save(path, value):

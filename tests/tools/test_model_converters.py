@@ -10,7 +10,16 @@ import torch
 from conftest import ROOT, run
 from mmdet.models.backbones import ResNet
 from support import authors
-from support.checkpoints import Evil
+from support.checkpoints import (
+    Evil,
+    drop,
+    fill,
+    instead,
+    put,
+    rename,
+    shape,
+    small,
+)
 from torch import nn
 
 from bcn_mm import BCN
@@ -27,33 +36,25 @@ def tool():
     return module
 
 
-def small(state):
-    """One number in place of each tensor, so that files are small."""
-    return OrderedDict(
-        (k, v.flatten()[:1].squeeze(0).clone().expand(v.shape))
-        for k, v in state.items()
-    )
-
-
-def of(net):
+def state_of(net):
     return small(authors.randomize(net).state_dict())
 
 
 @pytest.fixture(scope='module')
-def rn18():
+def authors18():
     """A ResNet-18 in the authors' layout."""
-    return of(authors.Backbone(18, classes=10))
+    return state_of(authors.Backbone(18, classes=10))
 
 
 @pytest.fixture(scope='module')
 def mm18():
     net = ResNet(18, norm_cfg=dict(type='BCN'), norm_eval=False)
-    return of(net)
+    return state_of(net)
 
 
-def test_convert(tool, rn18, tmp_path, capsys):
+def test_convert(tool, authors18, tmp_path, capsys):
     source, target = tmp_path / 'a.pth', tmp_path / 'new' / 'b.pth'
-    torch.save(dict(epoch=3, state_dict=rn18), source)
+    torch.save(dict(epoch=3, state_dict=authors18), source)
     tool.main([str(source), str(target), '--arch', 'resnet18'])
     out = capsys.readouterr().out
     assert f'Wrote {target}' in out
@@ -65,8 +66,8 @@ def test_convert(tool, rn18, tmp_path, capsys):
     back = tmp_path / 'c.pth'
     tool.main([str(target), str(back), '--reverse'])
     again = read_checkpoint(str(back))['state_dict']
-    assert all(torch.equal(again[k], rn18[k]) for k in rn18)
-    assert list(again) == list(rn18)
+    assert all(torch.equal(again[k], authors18[k]) for k in authors18)
+    assert list(again) == list(authors18)
     tool.main([str(source), str(target), '--dialect', 'none'])  # replaced
     assert read_checkpoint(str(target))['meta']['ws_dialect'] == 'none'
     assert not list(tmp_path.rglob('*.part'))
@@ -85,62 +86,7 @@ def test_help(tool, capsys):
     assert 'usage' in capsys.readouterr().out
 
 
-# -- malformed ones: name -> (what to do, words, message) ---------------------
-
-
-def put(name, value):
-    def change(state):
-        state[name] = value(state[name]) if callable(value) else value
-
-    return change
-
-
-def drop(*names):
-    def change(state):
-        for name in names:
-            del state[name]
-
-    return change
-
-
-def rename(pattern, new):
-    def change(state):
-        for name in list(state):
-            state[re.sub(pattern, new, name)] = state.pop(name)
-
-    return change
-
-
-def fill(number):
-    return lambda value: torch.full_like(value, number)
-
-
-def shape(*sizes):
-    return put_shape(sizes)
-
-
-def put_shape(sizes):
-    return lambda value: torch.ones(()).expand(sizes)
-
-
-def instead(make):
-    """Another state altogether."""
-
-    def change(state):
-        new = make()
-        state.clear()
-        state.update(new)
-
-    return change
-
-
-def same_file(path, target):
-    return [str(path), str(path)]
-
-
-def folder(path, target):
-    target.mkdir()
-    return [str(path), str(target)]
+# -- malformed: name -> (change or arguments, message) -------------------------
 
 
 BN1 = 'bn1.pbn.running_mean'
@@ -276,7 +222,7 @@ BAD_STATES = {
         'there is neither .* say the dialect',
     ),
 }
-BAD_WORDS = {
+BAD_ARGUMENTS = {
     'arch': (['--arch', 'resnet50'], 'layer1.0.conv1.weight has shape'),
     'unknown arch': (['--arch', 'vgg'], "unknown architecture 'vgg'; choose"),
     'unknown depth': (['--arch', 'resnet19'], "unknown architecture 'resnet1"),
@@ -300,10 +246,10 @@ BAD_REVERSE = {
 }
 
 
-def assert_fails(tool, capsys, words, message):
+def assert_fails(tool, capsys, arguments, message):
     """One line, exit status 1."""
     with pytest.raises(SystemExit) as end:
-        tool.main([str(word) for word in words])
+        tool.main([str(word) for word in arguments])
     assert end.value.code == 1
     shown = capsys.readouterr()
     (line,) = shown.err.splitlines()
@@ -312,27 +258,29 @@ def assert_fails(tool, capsys, words, message):
     return line
 
 
-def assert_refuses(tool, capsys, tmp_path, words, message, target='b.pth'):
+def assert_refuses(tool, capsys, tmp_path, arguments, message, target='b.pth'):
     line = assert_fails(
-        tool, capsys, [tmp_path / 'a.pth', tmp_path / target, *words], message
+        tool, capsys, [tmp_path / 'a.pth', tmp_path / target, *arguments], message
     )
     assert [p.name for p in tmp_path.iterdir()] == ['a.pth']
     return line
 
 
 @pytest.mark.parametrize('change, message', BAD_STATES.values(), ids=BAD_STATES)
-def test_malformed(change, message, tool, rn18, tmp_path, capsys):
-    state = rn18.copy()
+def test_malformed(change, message, tool, authors18, tmp_path, capsys):
+    state = authors18.copy()
     change(state)
     torch.save(dict(state_dict=state), tmp_path / 'a.pth')
     line = assert_refuses(tool, capsys, tmp_path, [], f'a.pth: ({message})')
     assert len(line) < 300
 
 
-@pytest.mark.parametrize('words, message', BAD_WORDS.values(), ids=BAD_WORDS)
-def test_bad_words(words, message, tool, rn18, tmp_path, capsys):
-    torch.save(rn18, tmp_path / 'a.pth')
-    assert_refuses(tool, capsys, tmp_path, words, message)
+@pytest.mark.parametrize(
+    'arguments, message', BAD_ARGUMENTS.values(), ids=BAD_ARGUMENTS
+)
+def test_bad_arguments(arguments, message, tool, authors18, tmp_path, capsys):
+    torch.save(authors18, tmp_path / 'a.pth')
+    assert_refuses(tool, capsys, tmp_path, arguments, message)
 
 
 @pytest.mark.parametrize('change, message', BAD_REVERSE.values(), ids=BAD_REVERSE)
@@ -345,8 +293,8 @@ def test_malformed_reverse(change, message, tool, mm18, tmp_path, capsys):
 
 def test_bad_inner(tool, mm18, tmp_path, capsys):
     torch.save(mm18, tmp_path / 'a.pth')
-    words = ['--reverse', '--inner', 'sbn']
-    assert_refuses(tool, capsys, tmp_path, words, "but got 'sbn'")
+    arguments = ['--reverse', '--inner', 'sbn']
+    assert_refuses(tool, capsys, tmp_path, arguments, "but got 'sbn'")
 
 
 BAD_FILES = {
@@ -359,9 +307,9 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize('cut, message', BAD_FILES.values(), ids=BAD_FILES)
-def test_damaged_file(cut, message, tool, rn18, tmp_path, capsys):
+def test_damaged_file(cut, message, tool, authors18, tmp_path, capsys):
     path = tmp_path / 'a.pth'
-    torch.save(rn18, path)
+    torch.save(authors18, path)
     path.write_bytes(cut(path.read_bytes()))
     assert_refuses(tool, capsys, tmp_path, [], f'a.pth is.*({message})')
 
@@ -386,11 +334,11 @@ def test_other_contents(value, message, tool, tmp_path, capsys):
     assert_refuses(tool, capsys, tmp_path, [], f'a.pth.*{message}')
 
 
-def test_bad_paths(tool, rn18, tmp_path, capsys):
+def test_bad_paths(tool, authors18, tmp_path, capsys):
     path = tmp_path / 'a.pth'
     assert_fails(tool, capsys, [path, tmp_path / 'b'], 'a.pth does not exist')
     assert_fails(tool, capsys, [tmp_path, tmp_path / 'b'], 'does not exist')
-    torch.save(rn18, path)
+    torch.save(authors18, path)
     data = path.read_bytes()
     assert_refuses(tool, capsys, tmp_path, [], 'another file', target='a.pth')
     assert_refuses(tool, capsys, tmp_path, [], 'is a folder', target='')
@@ -399,10 +347,10 @@ def test_bad_paths(tool, rn18, tmp_path, capsys):
 
 
 def test_a_failure_while_writing_leaves_what_was(
-    tool, rn18, tmp_path, capsys, monkeypatch
+    tool, authors18, tmp_path, capsys, monkeypatch
 ):
     source, target = tmp_path / 'a.pth', tmp_path / 'b.pth'
-    torch.save(rn18, source)
+    torch.save(authors18, source)
     target.write_text('before')
 
     def full(*args, **kwargs):

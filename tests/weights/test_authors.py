@@ -14,7 +14,6 @@ from support import authors
 from support.checkpoints import (
     assert_close,
     backbone,
-    logged_lines,
     resnet18,
 )
 from torch import nn
@@ -25,19 +24,13 @@ from bcn_mm.weights.authors import from_authors, to_authors
 CONFIG = 'configs/deeplabv3/deeplabv3_r101-d16_bcn-ws_8xb2-33k_voc12aug-513x513.py'
 
 
-@pytest.fixture
-def log():
-    with logged_lines() as lines:
-        yield lines
-
-
 def wrapped(state):
     """As the authors' training code saves it."""
     state = {f'module.{name}': value for name, value in state.items()}
     return dict(epoch=90, state_dict=state, optimizer=dict(state={}))
 
 
-def same(a, b):
+def assert_same(a, b):
     assert list(a) == list(b)
     for name in a:
         assert a[name].dtype == b[name].dtype, name
@@ -177,10 +170,12 @@ def test_round_trip_of_a_backbone(inner):
     theirs = to_authors(state, inner)
     twin = authors.Backbone(18, inner=inner)
     twin.load_state_dict(theirs.state)
-    same(from_authors(theirs.state, dialect='var').state, state)
+    assert_same(from_authors(theirs.state, dialect='var').state, state)
     assert theirs.meta['ws_dialect'] == 'var'
     state = authors.randomize(twin).state_dict()
-    same(to_authors(from_authors(state, dialect='std').state, inner).state, state)
+    assert_same(
+        to_authors(from_authors(state, dialect='std').state, inner).state, state
+    )
 
 
 def test_round_trip_of_a_deeplab():
@@ -194,7 +189,7 @@ def test_round_trip_of_a_deeplab():
     theirs = to_authors(state)
     assert any('3x3' in note for note in theirs.notes)
     again = from_authors(theirs.state)
-    same(again.state, state)
+    assert_same(again.state, state)
     assert from_authors(theirs.state, 'deeplabv3_resnet18').meta == again.meta
     state['auxiliary_head.conv_seg.weight'] = torch.zeros(1)
     (note,) = [n for n in to_authors(state).notes if 'left out' in n]
@@ -234,10 +229,10 @@ def test_round_trip_of_any_model(layers, inner):
     before = copy.deepcopy(state)
     theirs = to_authors(state, inner).state
     assert not any('batch_weight' in name for name in theirs)
-    same(state, before)
+    assert_same(state, before)
     before = copy.deepcopy(theirs)
-    same(from_authors(theirs).state, state)
-    same(theirs, before)
+    assert_same(from_authors(theirs).state, state)
+    assert_same(theirs, before)
 
 
 def test_metadata_survives():
@@ -267,7 +262,7 @@ def test_rates_are_left_out_and_said():
     for name in [k for k in state if 'tracked' in k]:
         del state[name]
     again = from_authors(state).state
-    same({name: again[name] for name in made.state}, made.state)
+    assert_same({name: again[name] for name in made.state}, made.state)
 
 
 def test_conversions_leave_their_input():
@@ -275,5 +270,5 @@ def test_conversions_leave_their_input():
     before = copy.deepcopy(state)
     metadata = copy.deepcopy(state._metadata)
     from_authors(state, dialect='var')
-    same(state, before)
+    assert_same(state, before)
     assert state._metadata == metadata

@@ -9,20 +9,12 @@ from support import authors
 from support.checkpoints import (
     assert_close,
     backbone,
-    logged_lines,
     resnet18,
 )
 from torch import nn
 
 from bcn_mm import BCN, SyncBCN
 from bcn_mm.weights.authors import from_authors
-
-
-@pytest.fixture
-def log():
-    with logged_lines() as lines:
-        yield lines
-
 
 # -- the dialect of weight standardization -----------------------------------
 

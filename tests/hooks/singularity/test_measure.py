@@ -111,9 +111,9 @@ def test_a_norm_is_seen_whenever_it_first_runs(seed, tmp_path):
     interval, window = ((4, 3), (3, 3), (6, 4), (4, 1))[seed % 4]
     hook = EliminationSingularityHook(interval=interval, window=window)
     body = Scheduled(seed)
-    look = Results(hook, body)
-    train(body, images(12), tmp_path, hook, look)
-    for i, (results, norms) in enumerate(look.seen, 1):
+    record = Results(hook, body)
+    train(body, images(12), tmp_path, hook, record)
+    for i, (results, norms) in enumerate(record.seen, 1):
         end = i * interval
         calls = body.counting(range(end - window, end))
         calls = {i: kept for i, kept in calls.items() if kept}
