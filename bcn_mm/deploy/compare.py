@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch.utils._pytree import tree_leaves
+from ..ops._compat import tree_leaves
 
 
 def largest_difference(results: Any, references: Any) -> float:

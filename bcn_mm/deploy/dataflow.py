@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils._pytree import tree_leaves
 
 from .._tracing import TensorTracer
 from ..layers import BCN, WS_CONVS
+from ..ops._compat import tree_leaves
 
 #: Why the batch stage of a norm stays that the watched pass did not use.
 UNUSED = 'nothing passed through it'

@@ -6,11 +6,11 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
-from torch.utils._pytree import tree_leaves
 
 from ..layers import BCN, WS_CONVS
 from ..layers.levels import LevelCounter
 from ..ops import affine_group_norm, batch_affine
+from ..ops._compat import tree_leaves
 from .compare import largest_difference
 from .dataflow import ConvTracer, obstacle_of
 

@@ -7,14 +7,15 @@ from typing import Dict, Iterable, Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from .._files import replacing
 from ..ops import group_norm_by_axes
+from ..ops._compat import TORCH, tree_leaves
 from .compare import largest_difference
 
-#: torch's exporters: the current one, and the older, which is much faster.
-EXPORTERS = ('dynamo', 'trace')
+#: torch's exporters: the current one, of torch 2.6, and the older, which is much
+#: faster. The first that this torch has is the default.
+EXPORTERS = ('dynamo', 'trace') if TORCH >= (2, 6) else ('trace',)
 
 
 class Deployed(nn.Module):
@@ -78,7 +79,7 @@ def export_onnx(
     model: nn.Module,
     path: str,
     pictures: Tensor,
-    exporter: str = 'dynamo',
+    exporter: str = EXPORTERS[0],
     opset: int = 18,
 ) -> None:
     """Write a model as ONNX, in standard operators.
@@ -94,7 +95,7 @@ def export_onnx(
             ``'dynamo'``.
         exporter (str): Which of torch's exporters: ``'dynamo'``, which needs
             onnxscript and torch 2.6, or ``'trace'``, the older one, which
-            is much faster. Default: ``'dynamo'``.
+            is much faster. Default: ``'dynamo'``, or the one that there is.
         opset (int): Of ONNX. Default: 18.
 
     Raises:
@@ -121,7 +122,9 @@ def export_onnx(
             verbose=False,
         )
     else:
-        options = dict(dynamo=False, dynamic_axes=dict(pictures=names))
+        options = dict(dynamic_axes=dict(pictures=names))
+        if 'dynamo' in EXPORTERS:
+            options['dynamo'] = False
     with replacing(path) as draft:
         with torch.no_grad(), _exact_group_norms(model):
             outputs = len(tree_leaves(model(pictures)))

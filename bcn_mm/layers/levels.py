@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from ..ops import exporting, recomputation
-from ..ops._compat import ALWAYS_CALL, is_dynamo_compiling, module_call
+from ..ops._compat import ALWAYS_CALL, is_dynamo_compiling, module_call, untraced
 
 
 class _Pass:
@@ -71,6 +71,13 @@ def _outermost_call(frame: FrameType) -> FrameType:
     return calls[-1] if len(calls) > 1 else frame
 
 
+def _caller(frame: Optional[FrameType]) -> Optional[FrameType]:
+    """The frame, or that above it which is none of an old compiler's own."""
+    while frame is not None and frame.f_globals['__name__'].startswith('torch._dynamo'):
+        frame = frame.f_back
+    return frame
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.current = _Pass()
@@ -82,10 +89,11 @@ _hooks = []
 
 # torch.compile traces these two with the modules that they are called for, and
 # what it breaks off may go on in Python: both have to do the same
+@untraced
 def _enter(module: nn.Module, inputs) -> None:
     current, frame = _thread.current, None
     if not is_dynamo_compiling():
-        frame = sys._getframe(1)
+        frame = _caller(sys._getframe(1))
         if current.depth > 0:
             if current.frame is None:  # what began it is compiled
                 current.frame = _outermost_call(frame)
@@ -95,6 +103,7 @@ def _enter(module: nn.Module, inputs) -> None:
         current.begin(frame)
 
 
+@untraced
 def _leave(module: nn.Module, inputs, output) -> None:
     _thread.current.end()
 
@@ -151,6 +160,7 @@ class LevelCounter:
     def __reduce__(self):  # copies and pickles begin anew
         return type(self), (self.num_levels,)
 
+    @untraced
     def next(self, x: Tensor) -> int:
         """The level that ``x``, the input of the layer's next call, is of."""
         if recomputation.by_others():

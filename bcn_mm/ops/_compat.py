@@ -4,10 +4,11 @@ Asked once, when it is imported; nothing here patches anything. (Patches are
 those of :mod:`bcn_mm._compat`, which needs the mm packages.)
 """
 
-from typing import Callable, List, Tuple
+from typing import Any, Callable, List, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
 
 def version_of(text: str) -> Tuple[int, int]:
@@ -60,6 +61,14 @@ def uncompiled(function: Callable) -> Callable:
     return torch._dynamo.disable(function)
 
 
+def untraced(function: Callable) -> Callable:
+    """What asks for the thread that it runs in: a compiler of torch 2.1 fails at it.
+
+    That of 2.13 does not; where between they part has not been looked for.
+    """
+    return function if TORCH >= (2, 6) else uncompiled(function)
+
+
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
     if TORCH >= (2, 4):
@@ -96,6 +105,12 @@ HALF_BATCH_NORM = _works(
         _half[None], None, None, _one, _one, False, 0.0, 1.0, False
     )
 )
+
+
+def tree_leaves(tree: Any) -> list:
+    """What lists, tuples and dicts within each other hold."""
+    return tree_flatten(tree)[0]
+
 
 #: The function within which every call of a module is.
 module_call = getattr(nn.Module, '_wrapped_call_impl', nn.Module._call_impl)

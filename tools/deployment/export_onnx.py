@@ -92,7 +92,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--exporter',
         choices=EXPORTERS,
-        default='dynamo',
+        default=EXPORTERS[0],
         help="torch's current exporter or its older, faster one (%(default)s)",
     )
     parser.add_argument('--opset', type=int, default=18, help='of ONNX (%(default)s)')
