@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, settings
 from mmengine.logging import MMLogger
 
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
+from bcn_mm.ops._compat import TORCH
 from bcn_mm.ops.kernels import BACKENDS, using
 
 ROOT = Path(__file__).parents[1]
@@ -33,6 +34,16 @@ settings.load_profile('fixed')
 
 # A COCO- and a Cityscapes-shaped folder, as docs/guides/recipes.md describes.
 REAL_DATA = Path(os.environ.get('BCN_MM_DATA', ROOT.parent / 'shared' / 'data'))
+
+
+def needs_torch(major, minor, what):
+    """Skip a test of what an older torch cannot do."""
+    return pytest.mark.skipif(
+        (major, minor) > TORCH, reason=f'needs torch {major}.{minor}: {what}'
+    )
+
+
+EXPORT = needs_torch(2, 6, 'torch.export for sizes that vary')
 
 
 @pytest.fixture(autouse=True)

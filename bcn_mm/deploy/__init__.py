@@ -9,10 +9,11 @@ or not, for every runtime that reads ONNX. ``torch.jit.trace`` and
 from .compare import largest_difference
 from .dataflow import UNUSED
 from .fold import AffineGroupNorm, Folding, fold, plain_conv
-from .onnx import EXPORTERS, Deployed, export_onnx, onnx_difference
+from .onnx import EXPORTERS, OPSET, Deployed, export_onnx, onnx_difference
 
 __all__ = [
     'EXPORTERS',
+    'OPSET',
     'UNUSED',
     'AffineGroupNorm',
     'Deployed',

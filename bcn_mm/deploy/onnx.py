@@ -16,6 +16,8 @@ from .compare import largest_difference
 #: torch's exporters: the current one, of torch 2.6, and the older, which is much
 #: faster. The first that this torch has is the default.
 EXPORTERS = ('dynamo', 'trace') if TORCH >= (2, 6) else ('trace',)
+#: The version of ONNX's operators; torch 2.1 writes those of 18 wrongly.
+OPSET = 18 if TORCH >= (2, 6) else 17
 
 
 class Deployed(nn.Module):
@@ -80,7 +82,7 @@ def export_onnx(
     path: str,
     pictures: Tensor,
     exporter: str = EXPORTERS[0],
-    opset: int = 18,
+    opset: int = OPSET,
 ) -> None:
     """Write a model as ONNX, in standard operators.
 
@@ -96,7 +98,7 @@ def export_onnx(
         exporter (str): Which of torch's exporters: ``'dynamo'``, which needs
             onnxscript and torch 2.6, or ``'trace'``, the older one, which
             is much faster. Default: ``'dynamo'``, or the one that there is.
-        opset (int): Of ONNX. Default: 18.
+        opset (int): Of ONNX. Default: 18, before torch 2.6 17.
 
     Raises:
         ValueError: if a part of the model is in training mode, or there is no

@@ -49,6 +49,13 @@ is_dynamo_compiling = _since(_compiler, 'is_dynamo_compiling', is_compiling)
 is_exporting = _since(_compiler, 'is_exporting', bool)
 
 
+def is_transforming() -> bool:
+    """Whether ``torch.func`` transforms the calls (grad, vmap, ...)."""
+    if TORCH < (2, 6) and is_compiling():  # which does not know the question
+        return False
+    return torch._C._are_functorch_transforms_active()
+
+
 def uncompiled(function: Callable) -> Callable:
     """What ``torch.compile`` leaves to Python.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import portable, recomputation
-from ._compat import is_autocast_enabled, is_compiling, uncompiled
+from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompiled
 from .estimates import Rule, Running, batch_of
 from .kernels import is_empty, kernels_for
 from .layout import compute_dtype, dense, like, to_dtype
@@ -215,7 +215,7 @@ def _normalize(
         with torch.no_grad():
             moments = kernels.moments(x)
             batch = batch_of(moments, x.shape[2:].numel(), running, rule, group)
-        if portable.transforming():
+        if is_transforming():
             return portable.differentiable(x, batch, affine, spec)
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affine)

@@ -26,11 +26,6 @@ def exporting() -> bool:
     return torch.jit.is_tracing() or is_exporting()
 
 
-def transforming() -> bool:
-    """Whether ``torch.func`` transforms the calls (grad, vmap, ...)."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def evaluate(
     x: Tensor,
     running_mean: Tensor,

@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ._compat import is_transforming
 from .kernels import is_native
-from .portable import exporting, transforming
+from .portable import exporting
 
 _aten = torch.ops.aten
 
@@ -158,7 +159,7 @@ def standardize_weight(
         tensor(True)
     """
     check_dialect(dialect)
-    if exporting() or transforming():
+    if exporting() or is_transforming():
         return _plain(weight, eps, dialect)
     if weight.numel() and weight[0].numel() < 2:
         raise ValueError(

@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from conftest import EXPORT
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
@@ -30,6 +31,7 @@ needs_onnx = pytest.mark.skipif(
 )
 
 
+@EXPORT
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')
 @pytest.mark.parametrize(
     'name, folded, dtype',
@@ -163,6 +165,7 @@ def test_onnx_and_tracing(kind, folded, real_data, tmp_path):
                 assert largest_difference(written(x), model(x)) < 1e-5
 
 
+@EXPORT
 @pytest.mark.slow
 @pytest.mark.real_data
 @pytest.mark.parametrize('kind', ['det', 'seg'])

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import EXPORT, needs_torch
 from support.levels import (
     SIZES,
     Head,
@@ -17,12 +18,15 @@ from torch.utils.checkpoint import checkpoint
 from bcn_mm.deploy import fold
 from bcn_mm.layers import levels
 
+ONE_GRAPH = needs_torch(2, 6, 'its compiler knows what a thread has')
+
 
 @pytest.fixture(autouse=True)
 def _compiler():
     torch._dynamo.reset()  # which counts what a process has compiled
 
 
+@ONE_GRAPH
 def test_compiles_as_it_runs():
     layer, steps = shared(), [pyramid() for _ in range(3)]
     compiled = copy.deepcopy(layer)
@@ -34,6 +38,7 @@ def test_compiles_as_it_runs():
     torch.testing.assert_close(list(compiled.buffers()), list(layer.buffers()))
 
 
+@ONE_GRAPH
 @pytest.mark.parametrize('compile', ['function', 'method'])
 def test_compiled_passes_begin_too(compile):
     layer = shared()
@@ -53,7 +58,9 @@ def test_compiled_passes_begin_too(compile):
         torch.testing.assert_close(value, want)
 
 
-@pytest.mark.parametrize('how', ['trace', 'export', 'fold and trace'])
+@pytest.mark.parametrize(
+    'how', ['trace', pytest.param('export', marks=EXPORT), 'fold and trace']
+)
 @pytest.mark.parametrize('left_over', [False, True])
 def test_recorded_with_fewer_levels(how, left_over):
     layer = shared()
@@ -105,7 +112,15 @@ def test_a_pass_that_compiled_code_left_behind_is_over():
 
 
 @pytest.mark.parametrize('where', ['before', 'within', 'after'])
-@pytest.mark.parametrize('checkpointed', [False, True])
+@pytest.mark.parametrize(
+    'checkpointed',
+    [
+        False,
+        pytest.param(
+            True, marks=needs_torch(2, 6, 'compiles the checkpoint of a module')
+        ),
+    ],
+)
 def test_a_graph_break_leaves_no_pass_behind(where, checkpointed):
     """...whichever part of a pass is compiled, and which is not."""
     layer = shared()

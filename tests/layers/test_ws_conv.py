@@ -1,5 +1,6 @@
 import pytest
 import torch
+from conftest import needs_torch
 from mmcv.cnn import ConvModule, build_conv_layer
 from mmcv.cnn.bricks.conv_ws import ConvWS2d
 from mmengine.runner.checkpoint import get_state_dict, weights_to_cpu
@@ -101,12 +102,17 @@ def edit_data(conv):
     conv.weight.data.copy_(torch.randn_like(conv.weight))
 
 
+FUSED = needs_torch(2, 6, 'fused optimizers on the CPU')
 CHANGES = (
     edit_in_place,
     *(
         step(getattr(torch.optim, name), **kwargs)
         for name in ('SGD', 'Adam', 'AdamW')
-        for kwargs in (dict(), dict(foreach=True), dict(fused=True))
+        for kwargs in (dict(), dict(foreach=True))
+    ),
+    *(
+        pytest.param(step(getattr(torch.optim, name), fused=True), marks=FUSED)
+        for name in ('SGD', 'Adam', 'AdamW')
     ),
     replace_memory,
     replace_parameter,
@@ -155,6 +161,7 @@ def test_channels_last_weights_stay_channels_last(backend, dialect):
     got.square().sum().backward()
 
 
+@needs_torch(2, 6, 'compiles autograd functions as a whole')
 @pytest.mark.slow
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('mode', [torch.no_grad, torch.enable_grad])

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 import bcn_mm
+from bcn_mm.deploy import OPSET
 
 pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
 pytest.importorskip('onnxscript', reason='onnxscript is not installed')
@@ -108,7 +109,7 @@ BAD = {
     'suffix': ([DET, '--out', 'none.pt'], 'must be an .onnx file'),
     'count': ([DET, *OUT, '--count', 0], '--count must be at least 1'),
     'tolerance': ([DET, *OUT, '--tolerance', 0], '--tolerance must be pos'),
-    'opset': ([DET, *OUT, '--opset', 9], '--opset must be at least 18'),
+    'opset': ([DET, *OUT, '--opset', 9], f'--opset must be at least {OPSET}'),
     'config': (['none.py', *OUT], 'config none.py does not exist'),
     'checkpoint': ([DET, 'none.pth', *OUT], 'none.pth does not exist'),
     'not a checkpoint': ([DET, DET, *OUT], 'truncated or no checkpoint|dam'),

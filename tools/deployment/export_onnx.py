@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from bcn_mm._files import replacing
 from bcn_mm.deploy import (
     EXPORTERS,
+    OPSET,
     UNUSED,
     Deployed,
     Folding,
@@ -95,7 +96,9 @@ def parse_args() -> argparse.Namespace:
         default=EXPORTERS[0],
         help="torch's current exporter or its older, faster one (%(default)s)",
     )
-    parser.add_argument('--opset', type=int, default=18, help='of ONNX (%(default)s)')
+    parser.add_argument(
+        '--opset', type=int, default=OPSET, help='of ONNX (%(default)s)'
+    )
     parser.add_argument(
         '--cfg-options',
         nargs='+',
@@ -117,8 +120,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f'--count must be at least 1, but got {args.count}')
     if not args.tolerance > 0:
         raise InputError(f'--tolerance must be positive, but got {args.tolerance}')
-    if args.opset < 18:
-        raise InputError(f'--opset must be at least 18, but got {args.opset}')
+    if args.opset < OPSET:
+        raise InputError(f'--opset must be at least {OPSET}, but got {args.opset}')
     needed = ['onnx', 'onnxruntime']
     if args.exporter == 'dynamo':
         needed.append('onnxscript')

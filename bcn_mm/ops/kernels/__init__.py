@@ -12,8 +12,7 @@ from typing import Iterator
 
 from torch import Tensor
 
-from .._compat import is_compiling
-from ..portable import transforming
+from .._compat import is_compiling, is_transforming
 from .eager import Eager, Empty, Functional
 from .native import Native
 
@@ -70,7 +69,7 @@ def kernels_for(x: Tensor) -> Eager:
     """
     if is_empty(x):
         return _EMPTY
-    if is_compiling() or transforming():
+    if is_compiling() or is_transforming():
         return _FUNCTIONAL
     if _choice == 'auto':
         return next(b for b in BACKENDS.values() if b.serves(x))
