@@ -3,7 +3,7 @@
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Dict, Iterable, Iterator, Tuple, Union
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch.utils._pytree import tree_leaves
 from .._files import replacing
 from ..ops import group_norm_by_axes
 from .compare import largest_difference
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 #: torch's exporters: the current one, and the older, which is much faster.
 EXPORTERS = ('dynamo', 'trace')
@@ -163,7 +166,7 @@ def _exact_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return group_norm_by_axes(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def _share_constants(graph) -> None:
+def _share_constants(graph: 'GraphProto') -> None:
     """Take out the copies that stand for equal constants.
 
     torch's older exporter keeps one of them and puts an Identity in place of
@@ -193,7 +196,7 @@ def _share_constants(graph) -> None:
     graph.node.extend(kept)
 
 
-def _tidy(graph, names: Dict[int, str]) -> None:
+def _tidy(graph: 'GraphProto', names: Dict[int, str]) -> None:
     """Name the sizes, and take out where in whose source code all came from.
 
     Args:

@@ -21,7 +21,7 @@ from . import portable, recomputation
 from ._compat import is_autocast_enabled, is_compiling, uncompiled
 from .estimates import Rule, Running, batch_of
 from .kernels import is_empty, kernels_for
-from .layout import compute_dtype, dense, like, to_dtype
+from .layout import compute_dtype, dense, in_layout_of, to_dtype
 from .stages import Affine, Batch, Moments, Spec
 
 
@@ -281,7 +281,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         num_groups, eps, group = ctx.settings
         if num_values is None:
             num_values = ctx.num_values
-        dy, kernels = like(dy, x), kernels_for(x)
+        dy, kernels = in_layout_of(dy, x), kernels_for(x)
         known = (
             Moments(mean, var, ctx.far),
             Batch(batch_mean, inv_std, num_values),

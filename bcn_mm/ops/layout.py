@@ -34,7 +34,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return False
 
 
-def like(t: Tensor, x: Tensor) -> Tensor:
+def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
     """Return ``t`` in the layout of the dense tensor ``x``."""
     if x.is_contiguous():
         return t.contiguous()
@@ -47,7 +47,7 @@ def flat(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
-def over(x: Tensor, *rows: Tensor) -> Iterator[Tensor]:
+def broadcast_rows(x: Tensor, *rows: Tensor) -> Iterator[Tensor]:
     """View (N, C) tensors so that they broadcast over ``x``."""
     shape = (*x.shape[:2], *(1,) * (x.dim() - 2))
     return (t.view(shape) for t in rows)

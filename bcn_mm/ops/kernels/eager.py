@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import stages
 from .._compat import addcmul_into
-from ..layout import compute_dtype, flat, over
+from ..layout import broadcast_rows, compute_dtype, flat
 from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
 
 # Elements that may be copied at once: 64 MiB of float32.
@@ -165,7 +165,7 @@ class Functional(Eager):
     def _apply(
         self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor
     ) -> Tensor:
-        mean, scale, at_mean = over(x, moments.mean, scale, at_mean)
+        mean, scale, at_mean = broadcast_rows(x, moments.mean, scale, at_mean)
         return torch.addcmul(at_mean, x - mean, scale).to(x.dtype)
 
     def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
@@ -176,7 +176,8 @@ class Functional(Eager):
     def _apply_add(
         self, dy: Tensor, x: Tensor, moments: Moments, g: InputGradient
     ) -> Tensor:
-        mean, dy_mean, dy_scale, x_scale, at_mean = over(x, moments.mean, *g)
+        rows = broadcast_rows(x, moments.mean, *g)
+        mean, dy_mean, dy_scale, x_scale, at_mean = rows
         out = torch.addcmul(at_mean, x - mean, x_scale)
         return torch.addcmul(out, dy - dy_mean, dy_scale).to(x.dtype)
 
