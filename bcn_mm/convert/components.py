@@ -109,7 +109,7 @@ def _replace_norm(
     return True
 
 
-def _bcn_for(norm: dict, norm_cfg: ConfigDict) -> Tuple[ConfigDict, List[str]]:
+def _bcn_for(norm: ConfigDict, norm_cfg: ConfigDict) -> Tuple[ConfigDict, List[str]]:
     """What replaces a norm, and notes on it.
 
     What its weights cannot do without is kept, and groups chosen by the

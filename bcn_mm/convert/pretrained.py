@@ -71,7 +71,7 @@ def convert_checkpoints(context: Context, cfg: Config, node: dict, path: str) ->
     _review_checkpoint(context, cfg, 'load_from', '', replaced, standardized)
 
 
-def _start_from(context: Context, node: dict, path: str) -> None:
+def _start_from(context: Context, node: ConfigDict, path: str) -> None:
     """Initialize the backbone from a checkpoint that fits."""
     if 'backbone' not in node:
         raise ValueError('pretrained: the model has no backbone')

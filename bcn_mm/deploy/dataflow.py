@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
 
 from .._tracing import TensorTracer
 from ..layers import BCN, WS_CONVS
@@ -96,7 +97,7 @@ class ConvTracer(TensorTracer):
         }
         self.sources: Dict[BCN, Set[Optional[nn.Module]]] = defaultdict(set)
         self._running: List[nn.Module] = []  # convolutions and norms
-        self._handles = []
+        self._handles: List[RemovableHandle] = []
 
     def __enter__(self) -> 'ConvTracer':
         for module in self.model.modules():
@@ -174,10 +175,14 @@ class ConvTracer(TensorTracer):
             if conv is not None:
                 self.convs[conv].obstacle = f'its output also goes to {user}'
 
-    def _use(self, module, args, kwargs) -> None:
+    def _use(
+        self, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> None:
         self._mark((args, kwargs), type(module).__name__)
 
-    def _begin_norm(self, module, args, kwargs) -> None:
+    def _begin_norm(
+        self, module: BCN, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> None:
         (x,) = (*args, *kwargs.values())
         conv = self.label_of(x)
         self.sources[module].add(conv)
@@ -185,16 +190,20 @@ class ConvTracer(TensorTracer):
             self.convs[conv].norms.add(module)
         self._running.append(module)
 
-    def _end_norm(self, module, args, output) -> None:
+    def _end_norm(self, module: BCN, args: Tuple[Any, ...], output: Any) -> None:
         self._running.pop()
 
-    def _begin_conv(self, module, args, kwargs) -> None:
+    def _begin_conv(
+        self, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]
+    ) -> None:
         self._use(module, args, kwargs)
         x = next(iter((*args, *kwargs.values())))
         self.convs[module].running = x, []
         self._running.append(module)
 
-    def _end_conv(self, module, args, output) -> None:
+    def _end_conv(
+        self, module: nn.Module, args: Tuple[Any, ...], output: Tensor
+    ) -> None:
         self._running.pop()
         record = self.convs[module]
         (x, calls), record.running = record.running, None
@@ -230,7 +239,7 @@ class ConvTracer(TensorTracer):
             return func(*args, **kwargs)
         # the module's input was marked
         output = func(*args, **kwargs)
-        given = dict(zip(('input', 'weight', 'bias'), args)) | kwargs
+        given = {**dict(zip(('input', 'weight', 'bias'), args)), **kwargs}
         _, calls = self.convs[running].running
         calls.append(_Call(given['input'], given['weight'], given.get('bias'), output))
         return output

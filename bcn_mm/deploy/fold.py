@@ -59,7 +59,7 @@ class AffineGroupNorm(nn.GroupNorm):
         dtype = norm.running_mean.dtype
         for name, value in zip(('scale', 'shift'), _batch_stage(norm)):
             self.register_buffer(name, value.to(dtype))
-        _take_channel_stage(self, norm)
+        _copy_channel_stage(self, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize ``x``."""
@@ -141,7 +141,7 @@ def fold(
         replacement[norm] = nn.GroupNorm(
             norm.num_groups, norm.num_channels, norm.eps, norm.affine
         )
-        _take_channel_stage(replacement[norm], norm)
+        _copy_channel_stage(replacement[norm], norm)
         replacement[conv] = _folded(conv, tracer.convs[conv].weight, norm)
         foldings.append(Folding(names[norm], names[conv]))
     for conv in (m for m in names if isinstance(m, WS_CONVS)):
@@ -243,7 +243,7 @@ def _batch_stage(norm: BCN) -> Tuple[Tensor, Tensor]:
     )
 
 
-def _take_channel_stage(group_norm: nn.GroupNorm, norm: BCN) -> None:
+def _copy_channel_stage(group_norm: nn.GroupNorm, norm: BCN) -> None:
     """One affine pair per channel instead of one per group."""
     if norm.affine:
         repeats = norm.num_channels // norm.num_groups

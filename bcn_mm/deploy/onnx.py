@@ -3,7 +3,7 @@
 import re
 from contextlib import contextmanager
 from functools import partial
-from typing import Dict, Iterable, Iterator, Tuple, Union
+from typing import TYPE_CHECKING, Dict, Iterable, Iterator, Tuple, Union
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from .._files import replacing
 from ..ops import group_norm_by_axes
 from ..ops._compat import TORCH, tree_leaves
 from .compare import largest_difference
+
+if TYPE_CHECKING:
+    from onnx import GraphProto
 
 #: torch's exporters: the current one, of torch 2.6, and the older, which is much
 #: faster. The first that this torch has is the default.
@@ -168,7 +171,7 @@ def _exact_group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     return group_norm_by_axes(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
 
 
-def _share_constants(graph) -> None:
+def _share_constants(graph: 'GraphProto') -> None:
     """Take out the copies that stand for equal constants.
 
     torch's older exporter keeps one of them and puts an Identity in place of
@@ -198,7 +201,7 @@ def _share_constants(graph) -> None:
     graph.node.extend(kept)
 
 
-def _tidy(graph, names: Dict[int, str]) -> None:
+def _tidy(graph: 'GraphProto', names: Dict[int, str]) -> None:
     """Name the sizes, and take out where in whose source code all came from.
 
     Args:

@@ -5,6 +5,7 @@ from typing import Tuple
 import torch
 from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
+from torch import Tensor
 
 from ..convert import walk
 
@@ -46,19 +47,25 @@ def random_batch(
     """
     scope = cfg.get('default_scope')
     if scope == 'mmseg':
-        return _labelled(cfg, batch_size, shape, device)
+        return _segmentation_batch(cfg, batch_size, shape, device)
     if scope != 'mmdet':
         raise ValueError(f'cannot draw pictures for the scope {scope}')
     kind = cfg.model.get('data_preprocessor', {}).get('type')
     if kind == 'TrackDataPreprocessor':
-        return _tracks(cfg, shape, objects)
-    batch = _detections(cfg, batch_size, shape, objects, device)
+        return _tracking_batch(cfg, shape, objects)
+    batch = _detection_batch(cfg, batch_size, shape, objects, device)
     if kind == 'MultiBranchDataPreprocessor':
-        return _branches(batch)
+        return _multi_branch_batch(batch)
     return batch
 
 
-def _detections(cfg, batch_size, shape, objects, device) -> dict:
+def _detection_batch(
+    cfg: Config,
+    batch_size: int,
+    shape: Tuple[int, int],
+    objects: int,
+    device: str,
+) -> dict:
     from mmdet.testing import demo_mm_inputs
 
     batch = demo_mm_inputs(
@@ -85,7 +92,7 @@ def _detections(cfg, batch_size, shape, objects, device) -> dict:
     return batch
 
 
-def _tracks(cfg, shape, objects) -> dict:
+def _tracking_batch(cfg: Config, shape: Tuple[int, int], objects: int) -> dict:
     from mmdet.testing import demo_track_inputs
 
     return demo_track_inputs(
@@ -99,7 +106,7 @@ def _tracks(cfg, shape, objects) -> dict:
     )
 
 
-def _branches(batch) -> dict:
+def _multi_branch_batch(batch: dict) -> dict:
     """The same pictures with labels and twice without."""
     for sample in batch['data_samples']:
         sample.set_metainfo(dict(homography_matrix=torch.eye(3).numpy()))
@@ -109,12 +116,14 @@ def _branches(batch) -> dict:
     }
 
 
-def _labelled(cfg, batch_size, shape, device) -> dict:
+def _segmentation_batch(
+    cfg: Config, batch_size: int, shape: Tuple[int, int], device: str
+) -> dict:
     from mmseg.structures import SegDataSample
 
     generator = torch.Generator().manual_seed(0)
 
-    def random(high, channels):
+    def random(high: int, channels: int) -> Tensor:
         return torch.randint(
             high, (channels, *shape), generator=generator, dtype=torch.uint8
         ).to(device)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Optional, Union
 
 import torch
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
@@ -189,7 +189,7 @@ def _destroy_gloo_group() -> None:
     gc.collect()
 
 
-def _keep_fsdp_on_cpu(strategy: dict) -> None:
+def _keep_fsdp_on_cpu(strategy: ConfigDict) -> None:
     """Say to torch's FSDP what it takes to stay off accelerators."""
     strategy.setdefault('model_wrapper', {})
     strategy.model_wrapper.setdefault('type', 'MMFullyShardedDataParallel')

@@ -1,5 +1,7 @@
 """The bar that long commands show."""
 
+from typing import Any
+
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -11,7 +13,7 @@ from rich.progress import (
 )
 
 
-def progress_bar(*columns: ProgressColumn, **options) -> Progress:
+def progress_bar(*columns: ProgressColumn, **options: Any) -> Progress:
     """What is done, how much of how much, and how long it took and will take.
 
     Args:

@@ -1,8 +1,7 @@
 """The Batch-Channel Normalization layer."""
 
-import math
 import warnings
-from typing import Optional
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -16,9 +15,11 @@ from ..ops import (
     default_num_groups,
 )
 from ..weights.layouts import (
+    State,
     adopt_authors,
     adopt_batch_norm,
     adopt_group_norm,
+    fill_num_batches_tracked,
     layout_of,
 )
 from ..weights.report import load_report
@@ -31,10 +32,10 @@ class _Ranks:
     def __init__(self, group: Optional['dist.ProcessGroup'] = None) -> None:
         self.group = group
 
-    def __deepcopy__(self, memo) -> '_Ranks':
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Ranks':
         return self
 
-    def __reduce__(self):
+    def __reduce__(self) -> Tuple[type, Tuple[()]]:
         return type(self), ()
 
 
@@ -147,8 +148,8 @@ class BCN(nn.GroupNorm):
         num_levels: int = 1,
         sync: bool = False,
         process_group: Optional['dist.ProcessGroup'] = None,
-        device=None,
-        dtype=None,
+        device: Optional[Union[str, torch.device]] = None,
+        dtype: Optional[torch.dtype] = None,
     ) -> None:
         if num_features < 1:
             raise ValueError(f'num_features must be positive, but got {num_features}')
@@ -262,7 +263,7 @@ class BCN(nn.GroupNorm):
             group=self._group() if self.sync and self.training else None,
         )
 
-    def train(self, mode: bool = True):
+    def train(self, mode: bool = True) -> 'BCN':
         if self._levels:
             self._levels.reset()
         return super().train(mode)
@@ -285,19 +286,19 @@ class BCN(nn.GroupNorm):
 
     def _load_from_state_dict(
         self,
-        state_dict,
-        prefix,
-        local_metadata,
-        strict,
-        missing_keys,
-        unexpected_keys,
-        error_msgs,
-    ):
+        state_dict: State,
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
         layout = self._adopt(state_dict, prefix)
         if layout:
             load_report(missing_keys).norm(layout)
-        self._give_age(state_dict, prefix)
-        self._spread_over_levels(state_dict, prefix)
+        fill_num_batches_tracked(state_dict, prefix, self.momentum)
+        self._expand_over_levels(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict,
             prefix,
@@ -308,22 +309,7 @@ class BCN(nn.GroupNorm):
             error_msgs,
         )
 
-    def _give_age(self, state_dict, prefix) -> None:
-        """Let estimates of unknown age be moved, not replaced, by ``start``.
-
-        Many checkpoints of BatchNorm do not say how many passes theirs saw.
-        """
-        names = ('num_batches_tracked', 'running_mean', 'running_var')
-        passes, mean, var = (state_dict.get(prefix + name) for name in names)
-        if any(t is None or t.is_meta for t in (passes, mean, var)):
-            return
-        if passes.any():
-            return
-        if mean.any() or (var != 1).any():
-            age = math.ceil(1 / self.momentum) if self.momentum else 1
-            state_dict[prefix + names[0]] = torch.full_like(passes, age)
-
-    def _spread_over_levels(self, state_dict, prefix) -> None:
+    def _expand_over_levels(self, state_dict: State, prefix: str) -> None:
         """Start every level from the one estimate that a state has."""
         for name in ('running_mean', 'running_var', 'num_batches_tracked'):
             own, given = getattr(self, name), state_dict.get(prefix + name)
@@ -331,7 +317,7 @@ class BCN(nn.GroupNorm):
                 # not a view: loading may assign it, and then it moves
                 state_dict[prefix + name] = given.expand_as(own).clone()
 
-    def _adopt(self, state_dict, prefix) -> Optional[str]:
+    def _adopt(self, state_dict: State, prefix: str) -> Optional[str]:
         """Rename what another layout holds for this layer, in place.
 
         Returns:

@@ -11,10 +11,11 @@ import sys
 import threading
 from contextlib import contextmanager
 from types import FrameType
-from typing import Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.utils.hooks import RemovableHandle
 
 from ..ops import exporting, recomputation
 from ..ops._compat import ALWAYS_CALL, is_dynamo_compiling, module_call, untraced
@@ -84,13 +85,13 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-_hooks = []
+_hooks: List[RemovableHandle] = []
 
 
 # torch.compile traces these two with the modules that they are called for, and
 # what it breaks off may go on in Python: both have to do the same
 @untraced
-def _enter(module: nn.Module, inputs) -> None:
+def _begin_call(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
     current, frame = _thread.current, None
     if not is_dynamo_compiling():
         frame = _caller(sys._getframe(1))
@@ -104,16 +105,16 @@ def _enter(module: nn.Module, inputs) -> None:
 
 
 @untraced
-def _leave(module: nn.Module, inputs, output) -> None:
+def _end_call(module: nn.Module, inputs: Tuple[Any, ...], output: Any) -> None:
     _thread.current.end()
 
 
-def _listen() -> None:
+def _register_hooks() -> None:
     if not _hooks:
         _hooks.extend(
             (
-                _module.register_module_forward_pre_hook(_enter),
-                _module.register_module_forward_hook(_leave, **ALWAYS_CALL),
+                _module.register_module_forward_pre_hook(_begin_call),
+                _module.register_module_forward_hook(_end_call, **ALWAYS_CALL),
             )
         )
 
@@ -155,9 +156,9 @@ class LevelCounter:
         self.num_levels = num_levels
         self.last = 0  # the level of the last call
         self._sizes: List[int] = []  # of inputs outside of any pass
-        _listen()
+        _register_hooks()
 
-    def __reduce__(self):  # copies and pickles begin anew
+    def __reduce__(self) -> Tuple[type, Tuple[int]]:  # copies and pickles begin anew
         return type(self), (self.num_levels,)
 
     @untraced

@@ -5,17 +5,21 @@ import re
 import warnings
 from collections import defaultdict
 from itertools import chain
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..weights.layouts import adopt_batch_norm, adopt_group_norm
+from ..weights.layouts import (
+    adopt_batch_norm,
+    adopt_group_norm,
+    fill_num_batches_tracked,
+)
 from .bcn import BCN
 
-_TORCHS = (
+_TORCH_NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
     nn.BatchNorm3d,
@@ -24,9 +28,9 @@ _TORCHS = (
     nn.GroupNorm,
 )
 #: ``MMSyncBN`` is none of torch's, and not everybody has mmcv's operators.
-_MMCVS = 'mmcv.ops.sync_bn.SyncBatchNorm'
+_MMCV_NORM = 'mmcv.ops.sync_bn.SyncBatchNorm'
 #: All that a norm may hold if nothing is to be lost with it.
-_ENTRIES = {
+_NORM_ENTRIES = {
     'weight',
     'bias',
     'running_mean',
@@ -35,7 +39,7 @@ _ENTRIES = {
 }
 
 
-def stock_norm(kind: type) -> Optional[type]:
+def stock_norm(kind: Optional[type]) -> Optional[type]:
     """The BatchNorm, SyncBN or GroupNorm that a class is or inherits from.
 
     Returns:
@@ -45,12 +49,12 @@ def stock_norm(kind: type) -> Optional[type]:
     if not inspect.isclass(kind) or issubclass(kind, BCN):
         return None
     for base in kind.__mro__:
-        if base in _TORCHS or f'{base.__module__}.{base.__name__}' == _MMCVS:
+        if base in _TORCH_NORMS or f'{base.__module__}.{base.__name__}' == _MMCV_NORM:
             return base
     return None
 
 
-def is_replaceable(kind: type) -> bool:
+def is_replaceable(kind: Optional[type]) -> bool:
     """Whether a layer class is a BatchNorm, SyncBN or GroupNorm, not a BCN.
 
     A subclass is one too unless it has a ``forward`` of its own, by which it
@@ -69,17 +73,17 @@ def norms_kept(module: nn.Module) -> Dict[Tuple[str, str], List[str]]:
     """
     found = defaultdict(list)
     for name, layer in module.named_modules():
-        reason = stock_norm(type(layer)) and _more_than_a_norm(layer)
+        reason = stock_norm(type(layer)) and _reason_to_keep(layer)
         if reason:
             found[type(layer).__name__, reason].append(name)
     return dict(found)
 
 
-def _more_than_a_norm(norm: nn.Module) -> str:
+def _reason_to_keep(norm: nn.Module) -> str:
     """What a norm does or holds that BCN would not; empty if nothing."""
     if not is_replaceable(type(norm)) or 'forward' in vars(norm):
         return 'it has a forward of its own and may do more than normalize'
-    held = {*norm._parameters, *norm._buffers, *norm._modules} - _ENTRIES
+    held = {*norm._parameters, *norm._buffers, *norm._modules} - _NORM_ENTRIES
     if held:  # a parametrization, a pruning mask, an activation ...
         return f'it holds {", ".join(sorted(held))}'
     return ''
@@ -128,7 +132,7 @@ def replace_norms(module: nn.Module, norm_cfg: Optional[dict] = None) -> nn.Modu
     """
     new = {}
     for name, norm in module.named_modules():
-        if not stock_norm(type(norm)) or _more_than_a_norm(norm):
+        if not stock_norm(type(norm)) or _reason_to_keep(norm):
             continue
         if isinstance(norm, LazyModuleMixin):
             raise ValueError(
@@ -162,7 +166,7 @@ def _replacement(norm: nn.Module, module: nn.Module, norm_cfg: dict) -> nn.Modul
         cfg.setdefault('eps', norm.eps)
     if per_group and norm.num_groups < channels:
         cfg.setdefault('num_groups', norm.num_groups)
-    layer = MODELS.build(cfg)
+    layer: BCN = MODELS.build(cfg)
     # a norm without parameters and statistics is where its module is
     for like in chain(
         norm.parameters(),
@@ -173,7 +177,7 @@ def _replacement(norm: nn.Module, module: nn.Module, norm_cfg: dict) -> nn.Modul
         if like.is_floating_point():
             layer.to(device=like.device, dtype=like.dtype)
             break
-    _take_state(layer, norm)
+    _copy_state(layer, norm)
     given = {k: p for k, p in norm._parameters.items() if p is not None}
     for name, parameter in layer.named_parameters():
         own = given.get(name.replace('batch_', ''))
@@ -186,7 +190,7 @@ def _replacement(norm: nn.Module, module: nn.Module, norm_cfg: dict) -> nn.Modul
     return layer.train(norm.training)
 
 
-def _take_state(layer: BCN, norm: nn.Module) -> None:
+def _copy_state(layer: BCN, norm: nn.Module) -> None:
     state = norm.state_dict()
     if any(t.is_meta for t in state.values()):
         return
@@ -195,7 +199,7 @@ def _take_state(layer: BCN, norm: nn.Module) -> None:
         per_group = isinstance(norm, nn.GroupNorm)
         adopt = adopt_group_norm if per_group else adopt_batch_norm
         adopt(state, '', layer.num_groups, layer.eps)
-    layer._give_age(state, '')
+    fill_num_batches_tracked(state, '', layer.momentum)
     own = layer.state_dict()
     for name in own.keys() & state.keys():
         own[name].copy_(state[name])
@@ -214,7 +218,7 @@ def take_hooks(layer: nn.Module, old: nn.Module) -> None:
 
 
 @MODELS.register_module()
-def WithBCN(component: str, bcn_cfg: Optional[dict] = None, **kwargs) -> nn.Module:
+def WithBCN(component: str, bcn_cfg: Optional[dict] = None, **kwargs: Any) -> nn.Module:
     """Build a component and replace the norms in it, of whatever origin.
 
     For components that build norms without asking their config. In a config,

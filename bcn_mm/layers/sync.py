@@ -1,11 +1,11 @@
 """BCN over several ranks: in every pass, or from time to time."""
 
-from typing import Optional
+from typing import Any, Iterable, Optional
 
 import torch
 import torch.distributed as dist
 from mmengine.registry import MODELS
-from torch import nn
+from torch import Tensor, nn
 
 from .bcn import BCN
 
@@ -14,7 +14,7 @@ from .bcn import BCN
 class SyncBCN(BCN):
     """:class:`BCN` with ``sync=True``, ``norm_cfg=dict(type='SyncBCN')``."""
 
-    def __init__(self, *args, sync: bool = True, **kwargs) -> None:
+    def __init__(self, *args: Any, sync: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, sync=sync, **kwargs)
 
 
@@ -38,7 +38,9 @@ def revert_sync_bcn(module: nn.Module) -> nn.Module:
     return _set_sync(module, False, None)
 
 
-def _set_sync(module, sync, process_group) -> nn.Module:
+def _set_sync(
+    module: nn.Module, sync: bool, process_group: Optional['dist.ProcessGroup']
+) -> nn.Module:
     for layer in module.modules():
         if isinstance(layer, BCN):
             layer.sync, layer.process_group = sync, process_group
@@ -74,7 +76,7 @@ def average_estimates(
     variances = [layer.running_var for layer in layers]
     passes = [layer.num_batches_tracked.unsqueeze(-1) for layer in layers]
 
-    def flat(tensors):
+    def flat(tensors: Iterable[Tensor]) -> Tensor:
         # a copy of a model may be on another device
         return torch.cat(
             [t.to(means[0].device, torch.float64).flatten() for t in tensors]

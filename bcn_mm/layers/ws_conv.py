@@ -1,9 +1,12 @@
 """Weight-standardized convolutions."""
 
+from typing import Any, Dict, List
+
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_dialect, standardize_weight
+from ..weights.layouts import State
 from ..weights.report import load_report
 
 #: Under this name the metadata of a state dict holds a layer's dialect.
@@ -14,7 +17,7 @@ class _WSConv:
     """What the three convolutions share; a mixin for ``nn.ConvNd``."""
 
     def __init__(
-        self, *args, eps: float = 1e-5, dialect: str = 'std', **kwargs
+        self, *args: Any, eps: float = 1e-5, dialect: str = 'std', **kwargs: Any
     ) -> None:
         check_dialect(dialect)
         super().__init__(*args, **kwargs)
@@ -44,21 +47,23 @@ class _WSConv:
     def extra_repr(self) -> str:
         return f'{super().extra_repr()}, eps={self.eps}, dialect={self.dialect!r}'
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
+    def _save_to_state_dict(
+        self, destination: State, prefix: str, keep_vars: bool
+    ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # beside the version, which torch and mmengine both put there
         destination._metadata[prefix[:-1]][METADATA] = self.dialect
 
     def _load_from_state_dict(
         self,
-        state_dict,
-        prefix,
-        local_metadata,
-        strict,
-        missing_keys,
-        unexpected_keys,
-        error_msgs,
-    ):
+        state_dict: State,
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        strict: bool,
+        missing_keys: List[str],
+        unexpected_keys: List[str],
+        error_msgs: List[str],
+    ) -> None:
         trained = local_metadata.get(METADATA)
         if trained is None:
             if prefix + 'weight' in state_dict:

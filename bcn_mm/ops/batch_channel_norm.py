@@ -10,7 +10,7 @@ size are those of a backend (:mod:`.kernels`), the estimates move in between
 
 import operator
 from contextlib import nullcontext
-from typing import ContextManager, Optional, Tuple
+from typing import Any, ContextManager, Optional, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ from . import portable, recomputation
 from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompiled
 from .estimates import Rule, Running, batch_of
 from .kernels import is_empty, kernels_for
-from .layout import compute_dtype, dense, like, to_dtype
+from .layout import compute_dtype, dense, in_layout_of, to_dtype
 from .stages import Affine, Batch, Moments, Spec
 
 
@@ -235,23 +235,23 @@ def _autocast_off(x: Tensor) -> ContextManager:
 class _BatchChannelNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx,
-        x,
-        batch_weight,
-        batch_bias,
-        weight,
-        bias,
-        mean,
-        var,
-        far,
-        batch_mean,
-        inv_std,
-        count,
-        num_groups,
-        eps,
-        group,
-    ):
-        is_tensor = isinstance(count, Tensor)
+        ctx: Any,
+        x: Tensor,
+        batch_weight: Optional[Tensor],
+        batch_bias: Optional[Tensor],
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        mean: Tensor,
+        var: Tensor,
+        far: bool,
+        batch_mean: Tensor,
+        inv_std: Tensor,
+        num_values: Optional[Union[int, Tensor]],
+        num_groups: int,
+        eps: float,
+        group: Optional['dist.ProcessGroup'],
+    ) -> Tensor:
+        is_tensor = isinstance(num_values, Tensor)
         ctx.save_for_backward(
             x,
             mean,
@@ -261,38 +261,41 @@ class _BatchChannelNorm(torch.autograd.Function):
             batch_weight,
             batch_bias,
             weight,
-            count if is_tensor else None,
+            num_values if is_tensor else None,
         )
-        ctx.far, ctx.count = far, None if is_tensor else count
+        ctx.far, ctx.num_values = far, None if is_tensor else num_values
         ctx.settings = num_groups, eps, group
         return kernels_for(x).normalize(
             x,
             Moments(mean, var, far),
-            Batch(batch_mean, inv_std, count),
+            Batch(batch_mean, inv_std, num_values),
             Affine(batch_weight, batch_bias, weight, bias),
             Spec(num_groups, eps),
         )
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dy) -> Tuple[Optional[Tensor], ...]:
-        x, mean, var, batch_mean, inv_std, *affine, count = ctx.saved_tensors
+    def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, mean, var, batch_mean, inv_std, *rest = ctx.saved_tensors
+        batch_weight, batch_bias, weight, num_values = rest
         num_groups, eps, group = ctx.settings
-        if count is None:
-            count = ctx.count
-        dy, kernels = like(dy, x), kernels_for(x)
+        if num_values is None:
+            num_values = ctx.num_values
+        dy, kernels = in_layout_of(dy, x), kernels_for(x)
         known = (
             Moments(mean, var, ctx.far),
-            Batch(batch_mean, inv_std, count),
-            Affine(*affine, None),  # as in all norms, it may move by then
+            Batch(batch_mean, inv_std, num_values),
+            # the bias may move by then, as in all norms
+            Affine(batch_weight, batch_bias, weight, None),
             Spec(num_groups, eps),
         )
         sums = kernels.backward_reduce(dy, x, *known)
         dx = None
         if ctx.needs_input_grad[0]:
-            if count is not None and group is not None:
+            if num_values is not None and group is not None:
                 along = torch.stack(sums.along)
                 dist.all_reduce(along, group=group)
-                sums = sums._replace(along=along.unbind())
+                d_shift, d_factor = along.unbind()
+                sums = sums._replace(along=(d_shift, d_factor))
             dx = kernels.backward_input(dy, x, sums, *known)
         return (dx, *sums.affine, *[None] * 9)

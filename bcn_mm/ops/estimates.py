@@ -87,11 +87,11 @@ def _step(
 ) -> Batch:
     batch = None
     if rule.training and (move or not rule.estimate):
-        mean, var, count = _statistics(moments, length, running, rule, group)
+        mean, var, num_values = _statistics(moments, length, running, rule, group)
         if not rule.estimate:
-            batch = Batch(mean, (var + rule.eps).rsqrt(), count)
+            batch = Batch(mean, (var + rule.eps).rsqrt(), num_values)
             # unbiased, as in nn.BatchNorm2d
-            var = var * (count / _at_least_one(count - 1))
+            var = var * (num_values / _at_least_one(num_values - 1))
         if move:
             _move(running, mean, var, rule)
     return batch or _as_they_are(running, rule, moments.mean.dtype)
@@ -139,12 +139,12 @@ def _statistics(
     if group is not None:
         return _over_ranks(mean, var, running.mean, length, rule.estimate, group)
     batch_mean = _mean_of_samples(mean)
-    about = mean - (running.mean if rule.estimate else batch_mean)
+    offset = mean - (running.mean if rule.estimate else batch_mean)
     if not rule.estimate and mean.shape[0] > 1:
         # without the rounding of the mean, which a small variance magnifies
-        rest = about.mean(0)
-        batch_mean, about = batch_mean + rest, about - rest
-    batch_var = _mean_of_samples(torch.addcmul(var, about, about))
+        rest = offset.mean(0)
+        batch_mean, offset = batch_mean + rest, offset - rest
+    batch_var = _mean_of_samples(torch.addcmul(var, offset, offset))
     return batch_mean, batch_var, mean.shape[0] * length
 
 
@@ -152,10 +152,10 @@ def _mean_of_samples(t: Tensor) -> Tensor:
     return t[0] if t.shape[0] == 1 else t.mean(0)
 
 
-def _at_least_one(count: Union[int, Tensor]) -> Union[int, Tensor]:
-    if isinstance(count, Tensor):
-        return count.clamp_min(1)
-    return max(count, 1)
+def _at_least_one(number: Union[int, Tensor]) -> Union[int, Tensor]:
+    if isinstance(number, Tensor):
+        return number.clamp_min(1)
+    return max(number, 1)
 
 
 def _move(running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule) -> None:
@@ -183,7 +183,7 @@ def _move(running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule) -
         batch_mean = batch_mean.to(running.mean.dtype)
         batch_var = batch_var.to(running.var.dtype)
         finite = (batch_mean.abs() + batch_var) < float('inf')
-    for buffer, value in zip(running, (batch_mean, batch_var)):
+    for buffer, value in zip(running[:2], (batch_mean, batch_var)):
         buffer.lerp_(torch.where(finite, value, buffer), rate)
 
 
@@ -246,7 +246,8 @@ def _over_ranks(
         )
     )
     dist.all_reduce(sums, group=group)
-    count = sums[-1]
-    first, second = sums[:-1].view(2, -1) / count
+    num_values = sums[-1]
+    first, second = sums[:-1].view(2, -1) / num_values
     batch_var = second if estimate else (second - first**2).clamp_min_(0)
-    return tuple(t.to(mean.dtype) for t in (reference + first, batch_var, count))
+    batch_mean, dtype = reference + first, mean.dtype
+    return batch_mean.to(dtype), batch_var.to(dtype), num_values.to(dtype)

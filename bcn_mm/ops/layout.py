@@ -1,9 +1,12 @@
 """How tensors lie in memory, and in which dtype their statistics are."""
 
-from typing import Iterator
+from typing import Iterator, List, Optional, TypeVar
 
 import torch
 from torch import Tensor
+
+#: What may be None does so in the result, what may not does not.
+_T = TypeVar('_T', Tensor, Optional[Tensor])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -11,7 +14,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def to_dtype(dtype: torch.dtype, *tensors):
+def to_dtype(dtype: torch.dtype, *tensors: _T) -> List[_T]:
     """Tensors, or None, in a dtype; those that have it are not copied."""
     return [t if t is None or t.dtype == dtype else t.to(dtype) for t in tensors]
 
@@ -31,7 +34,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return False
 
 
-def like(t: Tensor, x: Tensor) -> Tensor:
+def in_layout_of(t: Tensor, x: Tensor) -> Tensor:
     """Return ``t`` in the layout of the dense tensor ``x``."""
     if x.is_contiguous():
         return t.contiguous()
@@ -44,7 +47,7 @@ def flat(x: Tensor) -> Tensor:
     return x.unsqueeze(2) if x.dim() == 2 else x.flatten(2)
 
 
-def over(x: Tensor, *rows: Tensor) -> Iterator[Tensor]:
+def broadcast_rows(x: Tensor, *rows: Tensor) -> Iterator[Tensor]:
     """View (N, C) tensors so that they broadcast over ``x``."""
     shape = (*x.shape[:2], *(1,) * (x.dim() - 2))
     return (t.view(shape) for t in rows)

@@ -34,14 +34,16 @@ def evaluate(
     spec: Spec,
 ) -> Tensor:
     """Evaluation as an affine and a group norm, for every other runtime."""
-    z, mean, var, batch_weight, batch_bias, weight, bias = to_dtype(
-        compute_dtype(x), x, running_mean, running_var, *affine
-    )
+    dtype = compute_dtype(x)
+    z, mean, var = to_dtype(dtype, x, running_mean, running_var)
+    batch_weight, batch_bias, weight, bias = to_dtype(dtype, *affine)
     scale, shift = batch_affine(mean, var, batch_weight, batch_bias, spec.eps)
-    if weight is not None:  # one pair per channel, without reading a size
+    if weight is not None or bias is not None:
+        # one pair per channel, without reading a size
         grouped = scale.view(spec.num_groups, -1)
         weight, bias = (
-            t.view(-1, 1).expand_as(grouped).flatten() for t in (weight, bias)
+            t if t is None else t.view(-1, 1).expand_as(grouped).flatten()
+            for t in (weight, bias)
         )
     y = affine_group_norm(z, spec.num_groups, scale, shift, weight, bias, spec.eps)
     return to_dtype(x.dtype, y)[0]
@@ -55,8 +57,8 @@ def differentiable(x: Tensor, batch: Batch, affine: Affine, spec: Spec) -> Tenso
     """
     given, x = x.dtype, x.to(compute_dtype(x))
     mean, inv_std = batch.mean, batch.inv_std
-    if batch.count is not None:  # the values are known, but not to autograd
-        if isinstance(batch.count, Tensor):
+    if batch.num_values is not None:  # the values are known, but not to autograd
+        if isinstance(batch.num_values, Tensor):
             raise RuntimeError(
                 'torch.func cannot differentiate statistics over all ranks'
             )
@@ -168,24 +170,30 @@ def group_norm_by_axes(
         Tensor: of the shape of ``x``.
     """
     given, dtype, channels = x.dtype, compute_dtype(x), _channels(x)
-    x, scale, shift, weight, bias = to_dtype(dtype, x, scale, shift, weight, bias)
+    x = to_dtype(dtype, x)[0]
+    scale, shift, weight, bias = to_dtype(dtype, scale, shift, weight, bias)
 
-    def mean_of_rows(t):
+    def mean_of_rows(t: Tensor) -> Tensor:
         for axis in range(t.dim() - 1, 1, -1):
             t = t.mean(axis, keepdim=True)
         return t
 
-    def grouped(t):  # reads no size, as what is recorded should not
-        return None if t is None else t.view(-1, num_groups, size)
+    def grouped(t: Tensor) -> Tensor:  # reads no size, as what is recorded should not
+        return t.view(-1, num_groups, size)
 
     size = channels // num_groups
     mean = mean_of_rows(x)
     x = x - mean
     var = grouped(mean_of_rows(x * x))
     mean = grouped(mean)
-    scale, shift, weight, bias = map(grouped, (scale, shift, weight, bias))
+    scale, shift, weight, bias = (
+        t if t is None else grouped(t) for t in (scale, shift, weight, bias)
+    )
     if scale is not None:
-        mean, var = mean * scale + shift, var * (scale * scale)
+        mean = mean * scale
+        if shift is not None:
+            mean = mean + shift
+        var = var * (scale * scale)
     mean = mean - mean.mean(2, keepdim=True)
     var = (var + mean * mean).mean(2, keepdim=True)
     factor = (var + eps).rsqrt()

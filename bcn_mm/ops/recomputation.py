@@ -10,12 +10,14 @@ what that gave, which its recomputations, and nothing else, play back.
 import functools
 import threading
 from contextlib import contextmanager
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, TypeVar
 
 import torch
 from torch.utils import checkpoint as _checkpoint
 
 from ._compat import is_compiling
+
+_T = TypeVar('_T')
 
 #: Whether a thread is within a checkpointed part of a pass. What
 #: ``torch.compile`` has compiled is guarded by it.
@@ -25,8 +27,8 @@ active = False
 class _Run(NamedTuple):
     """One run of a checkpointed function."""
 
-    tape: list
-    position: Optional[Iterator]  # in the tape; None while that is recorded
+    tape: List[Any]
+    position: Optional[Iterator[Any]]  # in the tape; None while that is recorded
 
 
 class _Stack(threading.local):
@@ -39,7 +41,7 @@ _lock = threading.Lock()
 _depth = 0  # of all threads
 
 
-def once(compute: Callable[[], Any]) -> Any:
+def once(compute: Callable[[], _T]) -> _T:
     """What ``compute()`` returns; in a recomputation, what it returned then.
 
     Calls are told apart by their order within the checkpointed function.
@@ -49,12 +51,13 @@ def once(compute: Callable[[], Any]) -> Any:
     recording = []
     for run in reversed(_stack.runs):
         if run.position is not None:
-            value = next(run.position, _stack)
-            if value is _stack:
+            try:
+                value: _T = next(run.position)
+            except StopIteration:
                 raise RuntimeError(
                     'a checkpointed function ran layers when it was '
                     'recomputed that its first run did not'
-                )
+                ) from None
             break
         recording.append(run.tape)
     else:
@@ -79,7 +82,7 @@ def compiled() -> bool:
 
 
 @contextmanager
-def _running(tape: list, again: bool) -> Iterator[None]:
+def _running(tape: List[Any], again: bool) -> Iterator[None]:
     global active, _depth
     _stack.runs.append(_Run(tape, iter(tape) if again else None))
     with _lock:
@@ -94,7 +97,9 @@ def _running(tape: list, again: bool) -> Iterator[None]:
             active = _depth > 0
 
 
-def taped(function: Callable, tape: Optional[list] = None) -> Callable:
+def taped(
+    function: Callable[..., _T], tape: Optional[List[Any]] = None
+) -> Callable[..., _T]:
     """A function whose first run is recorded, and played back in all others.
 
     Args:
@@ -106,12 +111,12 @@ def taped(function: Callable, tape: Optional[list] = None) -> Callable:
         callable: does what ``function`` does.
     """
     first = tape is None
-    tape = [] if first else tape
+    record = [] if tape is None else tape
 
-    def run(*args, **kwargs):
+    def run(*args: Any, **kwargs: Any) -> _T:
         nonlocal first
         again, first = not first, False
-        with _running(tape, again):
+        with _running(record, again):
             return function(*args, **kwargs)
 
     return run
@@ -127,24 +132,30 @@ def extend_checkpoint() -> None:
     if hasattr(reentrant.forward, '__wrapped__'):
         return
     forward = reentrant.forward
-    generate = getattr(_checkpoint, '_checkpoint_without_reentrant_generator', None)
+    name = '_checkpoint_without_reentrant_generator'
+    generate = getattr(_checkpoint, name, None)
 
     @functools.wraps(forward)
-    def tape_forward(ctx, run_function, *args):
+    def tape_forward(ctx: Any, run_function: Callable, *args: Any) -> Any:
         return forward(ctx, taped(run_function), *args)
 
-    reentrant.forward = staticmethod(tape_forward)
+    # a patch of torch, which no type allows
+    reentrant.forward = staticmethod(tape_forward)  # type: ignore[method-assign]
     if generate is None:  # torch 2.0
-        run = _checkpoint._checkpoint_without_reentrant
-        _checkpoint._checkpoint_without_reentrant = functools.wraps(run)(
-            lambda function, *args, **kwargs: run(taped(function), *args, **kwargs)
-        )
+        name = '_checkpoint_without_reentrant'
+        run = getattr(_checkpoint, name)
+
+        @functools.wraps(run)
+        def tape_run(function: Callable, *args: Any, **kwargs: Any) -> Any:
+            return run(taped(function), *args, **kwargs)
+
+        setattr(_checkpoint, name, tape_run)
         return
 
     @functools.wraps(generate)
-    def tape_generator(fn, *args, **kwargs):
-        tape = []
+    def tape_generator(fn: Callable, *args: Any, **kwargs: Any) -> Iterator[None]:
+        tape: List[Any] = []
         with _running(tape, again=False):
             yield from generate(taped(fn, tape), *args, **kwargs)
 
-    _checkpoint._checkpoint_without_reentrant_generator = tape_generator
+    setattr(_checkpoint, name, tape_generator)

@@ -37,9 +37,9 @@ class Batch(NamedTuple):
 
     mean: Tensor  # (C)
     inv_std: Tensor  # (C): 1 / sqrt(variance + eps)
-    # The values that the two are statistics of, over all ranks if there is a
+    # How many values the two are statistics of, over all ranks if there is a
     # process group; None if they are constants to autograd
-    count: Union[None, int, Tensor]
+    num_values: Optional[Union[int, Tensor]]
 
 
 class Affine(NamedTuple):
@@ -188,15 +188,16 @@ def backward_input(
     sums: Sums, length: int, moments: Moments, batch: Batch
 ) -> InputGradient:
     """From the sums, over all ranks if there are several, to dx."""
+    assert sums.rows is not None  # those of empty inputs do not come here
     s, dy_sum, dz_sum, q_row = sums.rows
     shape = moments.mean.shape
     dy_scale = s.gain * s.factor.view(s.centred.shape[1:])
     x_scale = (q_row * dy_scale).neg_().view(shape)
     at_mean = dz_sum.view(shape) / length
-    if batch.count is not None:
+    if batch.num_values is not None:
         along_mean, along_std = sums.along
-        slope = batch.inv_std * along_std / batch.count
-        at_mean.sub_(along_mean / batch.count)
+        slope = batch.inv_std * along_std / batch.num_values
+        at_mean.sub_(along_mean / batch.num_values)
         at_mean.addcmul_(slope, s.offset, value=-1)
         x_scale.addcmul_(slope, s.factor, value=-1)
     return InputGradient(

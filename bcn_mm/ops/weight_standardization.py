@@ -1,5 +1,7 @@
 """Weight Standardization in its three dialects."""
 
+from typing import Any, Tuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -32,7 +34,7 @@ class _Standardize(torch.autograd.Function):
     """In ordinary operators, for every device."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, eps: float, dialect: str) -> Tensor:
         unbiased, under_root = DIALECTS[dialect]
         axes, fan = tuple(range(1, weight.dim())), weight[0].numel()
         var, mean = torch.var_mean(weight, axes, correction=int(unbiased), keepdim=True)
@@ -51,7 +53,7 @@ class _Standardize(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         weight, mean, gain, slope = ctx.saved_tensors
         axes = tuple(range(1, weight.dim()))
         centred = weight - mean
@@ -68,7 +70,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, weight: Tensor, eps: float, dialect: str) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, eps: float, dialect: str) -> Tensor:
         given, weight = weight, weight.contiguous()
         out, fan = weight.shape[0], weight[0].numel()
         unbiased, under_root = DIALECTS[dialect]
@@ -94,7 +96,7 @@ class _StandardizeOnCPU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None]:
         weight, mean, inv_std, gain = ctx.saved_tensors
         out, fan = weight.shape[0], weight[0].numel()
         if ctx.root:

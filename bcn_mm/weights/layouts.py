@@ -4,6 +4,7 @@ One norm at a time: the entries of a state dict below a prefix. Whole
 checkpoints of the authors are converted in :mod:`bcn_mm.weights.authors`.
 """
 
+import math
 from typing import Dict, Optional, Tuple
 
 import torch
@@ -149,3 +150,27 @@ def adopt_group_norm(state: State, prefix: str, groups: int, eps: float) -> None
     state[prefix + 'weight'], state[prefix + 'bias'] = pair
     state[prefix + 'running_mean'] = torch.zeros_like(weight)
     state[prefix + 'running_var'] = torch.ones_like(weight)
+
+
+def fill_num_batches_tracked(
+    state: State, prefix: str, momentum: Optional[float]
+) -> None:
+    """Let estimates of unknown age be moved, not replaced, by ``start``.
+
+    Many checkpoints of BatchNorm do not say how many passes theirs saw. In
+    place; estimates that are still at 0 and 1 have seen none.
+
+    Args:
+        state (dict): Name -> tensor, in BCN's own layout.
+        prefix (str): Of the norm's entries, ``''`` or with a dot at its end.
+        momentum (float, optional): Of the BCN.
+    """
+    names = ('num_batches_tracked', 'running_mean', 'running_var')
+    passes, mean, var = (state.get(prefix + name) for name in names)
+    if passes is None or mean is None or var is None:
+        return
+    if passes.is_meta or mean.is_meta or var.is_meta or passes.any():
+        return
+    if mean.any() or (var != 1).any():
+        age = math.ceil(1 / momentum) if momentum else 1
+        state[prefix + names[0]] = torch.full_like(passes, age)

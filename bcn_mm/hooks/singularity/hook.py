@@ -1,7 +1,7 @@
 """The hook that watches elimination singularities."""
 
 import os.path as osp
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Set, Tuple
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
@@ -10,6 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
 from ...ops._compat import ALWAYS_CALL
 from .measure import Measurement, ReLUTracer, measure
@@ -155,11 +156,12 @@ class EliminationSingularityHook(Hook):
         self.history: History = []
         self._norms: Dict[str, nn.Module] = {}
         self._feeds: Dict[str, None] = {}  # in the order in which they ran
-        self._unseen = set()  # norms that have not run in this window
+        self._unseen: Set[str] = set()  # norms that have not run in this window
         self._calls: Dict[str, List[Measurement]] = {}
         self._steps = 0  # of the current window
         self._tracer: Optional[ReLUTracer] = None
-        self._model_hooks, self._norm_hooks = [], []
+        self._model_hooks: List[RemovableHandle] = []
+        self._norm_hooks: List[RemovableHandle] = []
 
     def before_train(self, runner: Runner) -> None:
         model = runner.model
@@ -231,7 +233,13 @@ class EliminationSingularityHook(Hook):
         for name, norm in self._norms.items():
             if name in self._feeds or name in self._unseen:
 
-                def after(module, args, kwargs, output, name=name):
+                def after(
+                    module: nn.Module,
+                    args: Tuple[Any, ...],
+                    kwargs: Dict[str, Any],
+                    output: Tensor,
+                    name: str = name,
+                ) -> None:
                     x = (*args, *kwargs.values())[0]
                     self._measure(name, module, x, output)
 

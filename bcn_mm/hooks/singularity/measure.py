@@ -27,14 +27,14 @@ class Measurement(NamedTuple):
     """What one call of a norm leaves behind, still on its device.
 
     Attributes:
-        count (int): Positions: samples times spatial size.
+        num_positions (int): Samples times spatial size.
         level (int): The call's, of a BCN that pyramid levels share.
         rows (Tensor): (3, C): mean, biased variance and number of positives
             of the output; (5, C) for a BCN: mean and biased variance of the
             input as well.
     """
 
-    count: int
+    num_positions: int
     level: int
     rows: Tensor
 
@@ -56,8 +56,8 @@ def measure(norm: nn.Module, x: Tensor, output: Tensor) -> Optional[Measurement]
     rows, level = [*_moments(output), _positives(output)], 0
     if isinstance(norm, BCN):
         rows, level = [*rows, *_moments(x)], norm.level
-    count = output.numel() // output.shape[1]
-    return Measurement(count, level, torch.stack(rows))
+    num_positions = output.numel() // output.shape[1]
+    return Measurement(num_positions, level, torch.stack(rows))
 
 
 def _moments(x: Tensor) -> Tuple[Tensor, Tensor]:

@@ -58,7 +58,8 @@ def sum_up(norm: nn.Module, calls: Sequence[Measurement]) -> Sums:
     if calls:
         rows = torch.stack([call.rows for call in calls]).double().cpu()
     for call, (mean, var, positive, *own) in zip(calls, rows if calls else ()):
-        weight, first, second = _weighted(torch.full_like(mean, call.count), mean, var)
+        weight = torch.full_like(mean, call.num_positions)
+        weight, first, second = _weighted(weight, mean, var)
         positive = torch.where(weight > 0, positive, 0)
         outputs += torch.stack((weight, positive, first, second))
         if own:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import stages
 from .._compat import addcmul_into
-from ..layout import compute_dtype, flat, over
+from ..layout import broadcast_rows, compute_dtype, flat
 from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
 
 # Elements that may be copied at once: 64 MiB of float32.
@@ -158,21 +158,26 @@ class Functional(Eager):
     They see no devices and no portions, and fuse what they find.
     """
 
-    def _moments(self, rows, dtype):
+    def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
         var, mean = torch.var_mean(rows.to(dtype), dim=2, correction=0)
         return Moments(mean, var)
 
-    def _apply(self, x, moments, scale, at_mean):
-        mean, scale, at_mean = over(x, moments.mean, scale, at_mean)
+    def _apply(
+        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor
+    ) -> Tensor:
+        mean, scale, at_mean = broadcast_rows(x, moments.mean, scale, at_mean)
         return torch.addcmul(at_mean, x - mean, scale).to(x.dtype)
 
-    def _reduce(self, dy, x, mean):
+    def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
         dy, x = flat(dy), flat(x)
         total = dy.sum(dim=2, dtype=mean.dtype)
         return total, (x - mean.unsqueeze(2)).mul_(dy).sum(dim=2)
 
-    def _apply_add(self, dy, x, moments, g):
-        mean, dy_mean, dy_scale, x_scale, at_mean = over(x, moments.mean, *g)
+    def _apply_add(
+        self, dy: Tensor, x: Tensor, moments: Moments, g: InputGradient
+    ) -> Tensor:
+        rows = broadcast_rows(x, moments.mean, *g)
+        mean, dy_mean, dy_scale, x_scale, at_mean = rows
         out = torch.addcmul(at_mean, x - mean, x_scale)
         return torch.addcmul(out, dy - dy_mean, dy_scale).to(x.dtype)
 
@@ -180,14 +185,29 @@ class Functional(Eager):
 class Empty(Eager):
     """Of tensors without an element: nothing is the sum of nothing."""
 
-    def moments(self, x):
-        rows = x.new_zeros(2, 0, x.shape[1], dtype=compute_dtype(x))
-        return Moments(*rows, False)
+    def moments(self, x: Tensor) -> Moments:
+        mean, var = x.new_zeros(2, 0, x.shape[1], dtype=compute_dtype(x))
+        return Moments(mean, var, False)
 
-    def normalize(self, x, moments, batch, affine, spec):
+    def normalize(
+        self,
+        x: Tensor,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Tensor:
         return torch.empty_like(x)
 
-    def backward_reduce(self, dy, x, moments, batch, affine, spec):
+    def backward_reduce(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Sums:
         zeros = (
             None if p is None else torch.zeros_like(p)
             for p in (*affine[:3], affine.weight)
@@ -195,7 +215,16 @@ class Empty(Eager):
         along = torch.zeros_like(batch.mean), torch.zeros_like(batch.mean)
         return Sums(Affine(*zeros), along, None)
 
-    def backward_input(self, dy, x, sums, moments, batch, affine, spec):
+    def backward_input(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        sums: Sums,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Tensor:
         return torch.zeros_like(x)
 
 

@@ -144,7 +144,7 @@ def _sums(
     dy: Tensor, x: Tensor, mean: Optional[Tensor], dtype: torch.dtype
 ) -> Tuple[Tensor, Tensor]:
     """Row sums of dy and of dy (x - mean), for a contiguous ``x``."""
-    rows = _rows(x)
+    rows = _as_channels(x)
     zero = rows.new_zeros(rows.shape[1], dtype=dtype)
     _, centred, plain = _aten.native_batch_norm_backward(
         dy.view(rows.shape),
@@ -161,13 +161,18 @@ def _sums(
     return plain.view(x.shape[:2]), centred.view(x.shape[:2])
 
 
+def _as_channels(x: Tensor) -> Tensor:
+    """View a contiguous ``x`` as (1, N C, L)."""
+    return x.view(1, x.shape[0] * x.shape[1], -1)
+
+
 def _rows(x: Tensor) -> Optional[Tensor]:
     """View ``x`` with all its rows in dimension 1, or None if no view can.
 
     The native batch-norm kernels then see each row as a channel of its own.
     """
     if x.is_contiguous():
-        return x.view(1, x.shape[0] * x.shape[1], -1)
+        return _as_channels(x)
     return x if x.shape[0] == 1 and x.dim() == 4 else None
 
 

@@ -87,7 +87,7 @@ def definition(x, batch, affine, spec):
         batch.mean.double(),
         batch.inv_std.double() ** -2 - spec.eps,
         *affine,
-        training=batch.count is not None,
+        training=batch.num_values is not None,
         estimate=False,
         momentum=0.1,
     )
