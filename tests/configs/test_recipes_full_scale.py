@@ -19,7 +19,7 @@ import bcn_mm
 @pytest.mark.slow
 @pytest.mark.real_data
 def test_starts_from_the_authors_model(real_data, tmp_path, python):
-    """Converted as the README says, it is in the backbone, bit by bit."""
+    """Converted as docs/guides/weights.md says, it is in the backbone, bit by bit."""
     net = authors.randomize(authors.Backbone(50, classes=10))
     torch.save(dict(state_dict=net.state_dict()), tmp_path / 'theirs.pth')
     start = 'checkpoints/rn50_bcn_ws_mm.pth'

@@ -24,6 +24,7 @@ from support.sync_estimates import (
 )
 
 from bcn_mm.hooks import sync_estimates
+from bcn_mm.weights.unpickling import load_weights
 
 LOOPS = {
     'epochs': dict(by_epoch=True, max_epochs=3, val_interval=1),
@@ -94,7 +95,7 @@ def run_case(rank, folder, *case):
     dist.barrier()
     result['files'] = {}
     for path in glob.glob(f'{folder}/*.pth'):
-        saved = torch.load(path, weights_only=True)
+        saved = load_weights(path)
         result['files'][os.path.basename(path)] = (
             saved['meta']['iter'],
             estimates_of(saved['state_dict']),

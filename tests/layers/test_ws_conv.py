@@ -10,6 +10,7 @@ from torch import nn
 from bcn_mm import BCN, WSConv1d, WSConv2d, WSConv3d
 from bcn_mm.ops import DIALECTS
 from bcn_mm.ops.kernels import BACKENDS, using
+from bcn_mm.weights.unpickling import load_weights
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)
@@ -42,7 +43,7 @@ def test_dialect_travels_with_the_weights(tmp_path):
     net = nn.Sequential(WSConv2d(4, 8, 3, dialect='var'))
     path = tmp_path / 'ws.pth'
     torch.save(weights_to_cpu(get_state_dict(net)), path)
-    state = torch.load(path, weights_only=True)
+    state = load_weights(path)
     net.load_state_dict(state)
     with pytest.raises(RuntimeError, match="'var'.*dialect='std'"):
         nn.Sequential(WSConv2d(4, 8, 3)).load_state_dict(state)

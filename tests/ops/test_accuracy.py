@@ -3,11 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.operands import AFFINE, LAYOUTS, MODES, operands
 
 from bcn_mm.ops import batch_channel_norm
+
+AUTOCAST = needs_torch(2, 6, 'autocast to float16 on the CPU')
 
 
 @pytest.mark.parametrize('mode', MODES)
@@ -146,7 +149,9 @@ def test_error_is_near_that_of_batch_norm_and_group_norm(
 
 
 @pytest.mark.parametrize('mode', MODES)
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    'dtype', [pytest.param(torch.float16, marks=AUTOCAST), torch.bfloat16]
+)
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_half_precision_is_the_float32_result_rounded(backend, mode, dtype, layout):
     x = layout((torch.randn(2, 8, 9, 9) * 3 + 1).to(dtype))

@@ -8,6 +8,8 @@ import tempfile
 import torch
 import torch.distributed as dist
 
+from bcn_mm.weights.unpickling import load_weights
+
 
 def _start(rank, function, world, folder, args):
     torch.set_num_threads(1)
@@ -35,6 +37,5 @@ def on_ranks(world: int, function, *args) -> list:
             _start, (function, world, folder, args), nprocs=world
         )
         return [
-            torch.load(os.path.join(folder, f'{rank}.pt'), weights_only=True)
-            for rank in range(world)
+            load_weights(os.path.join(folder, f'{rank}.pt')) for rank in range(world)
         ]

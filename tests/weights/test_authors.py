@@ -120,7 +120,7 @@ def test_deeplab():
     assert made.meta['ws_dialect'] == 'std'
     assert any('aspp.conv2' in note for note in made.notes)
     del net
-    # as the README says; the recipe's own is that of their ImageNet model
+    # as docs/guides/weights.md says; the recipe's own is that of their ImageNet model
     parts = 'backbone', 'decode_head'
     std = {f'{part}.conv_cfg.dialect': 'std' for part in parts}
     ours = mmseg_model(**std).double()

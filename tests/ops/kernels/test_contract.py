@@ -210,7 +210,7 @@ def test_rows_do_not_see_each_other(kernels, dtype, layout, shape, bad, offset, 
     spoilt = x.clone()
     for value in bad:
         n, c, i, j = (torch.randint(s, ()) for s in shape)
-        spoilt[n, c, i, j] = value
+        spoilt[n, c, i, j] = torch.tensor(value).to(dtype)
     same = (x == spoilt).flatten(2).all(2)
     x, spoilt = layout(x), layout(spoilt)
     moments, hurt = kernels.moments(x), kernels.moments(spoilt)
