@@ -56,7 +56,7 @@ def convert_checkpoints(context: Context, cfg: Config, node: dict, path: str) ->
             them.
     """
     if context.pretrained:
-        _start_from(context, node, path)
+        _set_pretrained(context, node, path)
     else:
         _review_checkpoint(
             context,
@@ -71,7 +71,7 @@ def convert_checkpoints(context: Context, cfg: Config, node: dict, path: str) ->
     _review_checkpoint(context, cfg, 'load_from', '', replaced, standardized)
 
 
-def _start_from(context: Context, node: ConfigDict, path: str) -> None:
+def _set_pretrained(context: Context, node: ConfigDict, path: str) -> None:
     """Initialize the backbone from a checkpoint that fits."""
     if 'backbone' not in node:
         raise ValueError('pretrained: the model has no backbone')

@@ -108,7 +108,7 @@ class ConvTracer(TensorTracer):
             elif next(module.children(), None) is None and not isinstance(
                 module, nn.Identity
             ):
-                self._watch(module, self._use)
+                self._watch(module, self._mark_inputs)
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -118,7 +118,7 @@ class ConvTracer(TensorTracer):
 
     def finish(self, output: Any) -> None:
         """Notice what left the pass, as ``output``, or stays behind."""
-        self._mark(output, 'the output')
+        self._mark_used(output, 'the output')
         gc.collect()
         for conv in self.living():
             if not self.convs[conv].obstacle:
@@ -168,17 +168,17 @@ class ConvTracer(TensorTracer):
         if end:
             self._handles.append(module.register_forward_hook(end))
 
-    def _mark(self, values: Any, user: str) -> None:
+    def _mark_used(self, values: Any, user: str) -> None:
         """The outputs of convolutions among ``values`` are used there too."""
         for value in tree_leaves(values):
             conv = self.label_of(value)
             if conv is not None:
                 self.convs[conv].obstacle = f'its output also goes to {user}'
 
-    def _use(
+    def _mark_inputs(
         self, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> None:
-        self._mark((args, kwargs), type(module).__name__)
+        self._mark_used((args, kwargs), type(module).__name__)
 
     def _begin_norm(
         self, module: BCN, args: Tuple[Any, ...], kwargs: Dict[str, Any]
@@ -196,7 +196,7 @@ class ConvTracer(TensorTracer):
     def _begin_conv(
         self, module: nn.Module, args: Tuple[Any, ...], kwargs: Dict[str, Any]
     ) -> None:
-        self._use(module, args, kwargs)
+        self._mark_inputs(module, args, kwargs)
         x = next(iter((*args, *kwargs.values())))
         self.convs[module].running = x, []
         self._running.append(module)
@@ -235,7 +235,7 @@ class ConvTracer(TensorTracer):
         if isinstance(running, BCN) or name in _METADATA:
             return func(*args, **kwargs)
         if func not in _CONVOLVE or running is None:
-            self._mark((args, kwargs), f'{name}()')
+            self._mark_used((args, kwargs), f'{name}()')
             return func(*args, **kwargs)
         # the module's input was marked
         output = func(*args, **kwargs)

@@ -196,9 +196,9 @@ def _keep_fsdp_on_cpu(strategy: ConfigDict) -> None:
     strategy.model_wrapper.setdefault('device_id', 'cpu')
     if strategy.get('state_dict_cfg') == 'full':
         # to offload what is on the CPU already crashes torch (2.13)
-        stay = dict(rank0_only=False, offload_to_cpu=False)
+        in_place = dict(rank0_only=False, offload_to_cpu=False)
         strategy.state_dict_cfg = dict(
             state_dict_type='FULL_STATE_DICT',
-            state_dict_config=dict(type='FullStateDictConfig', **stay),
-            optim_state_dict_config=dict(type='FullOptimStateDictConfig', **stay),
+            state_dict_config=dict(type='FullStateDictConfig', **in_place),
+            optim_state_dict_config=dict(type='FullOptimStateDictConfig', **in_place),
         )

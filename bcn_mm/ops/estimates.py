@@ -94,10 +94,10 @@ def _step(
             var = var * (num_values / _at_least_one(num_values - 1))
         if move:
             _move(running, mean, var, rule)
-    return batch or _as_they_are(running, rule, moments.mean.dtype)
+    return batch or _batch_of_estimates(running, rule, moments.mean.dtype)
 
 
-def _as_they_are(running: Running, rule: Rule, dtype: torch.dtype) -> Batch:
+def _batch_of_estimates(running: Running, rule: Rule, dtype: torch.dtype) -> Batch:
     # a copy: a later pass moves the buffer in place, and the backward pass of
     # this one must not see that
     mean, var, _ = running

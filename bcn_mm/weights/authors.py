@@ -22,7 +22,7 @@ from .reading import check_values
 _EPS = 1e-5  # of their norms and of their weight standardization
 
 # The authors' head -> mmseg's ASPPHead
-_HEAD = {
+_HEAD_TO_MMSEG = {
     **{f'aspp{i}': f'aspp_modules.{i - 1}.conv' for i in range(1, 5)},
     **{f'aspp{i}_bn': f'aspp_modules.{i - 1}.bn' for i in range(1, 5)},
     'aspp5': 'image_pool.1.conv',
@@ -31,7 +31,7 @@ _HEAD = {
     'bn2': 'bottleneck.bn',
     'conv3': 'conv_seg',
 }
-_HEAD_BACK = {mm: theirs for theirs, mm in _HEAD.items()}
+_HEAD_FROM_MMSEG = {mm: theirs for theirs, mm in _HEAD_TO_MMSEG.items()}
 
 
 class Converted(NamedTuple):
@@ -252,14 +252,14 @@ def _to_mmseg(name: str) -> str:
     if not name.startswith('aspp.'):
         return f'backbone.{name}'
     _, layer, rest = name.split('.', 2)
-    return f'decode_head.{_HEAD[layer]}.{rest}'
+    return f'decode_head.{_HEAD_TO_MMSEG[layer]}.{rest}'
 
 
 def _from_mmseg(name: str) -> Optional[str]:
     """The reverse; None if their DeepLab has no such layer."""
     if name.startswith('backbone.'):
         return name[len('backbone.') :]
-    for mm, theirs in _HEAD_BACK.items():
+    for mm, theirs in _HEAD_FROM_MMSEG.items():
         start = f'decode_head.{mm}.'
         if name.startswith(start):
             return f'aspp.{theirs}.{name[len(start) :]}'

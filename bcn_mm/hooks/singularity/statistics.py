@@ -59,11 +59,11 @@ def sum_up(norm: nn.Module, calls: Sequence[Measurement]) -> Sums:
         rows = torch.stack([call.rows for call in calls]).double().cpu()
     for call, (mean, var, positive, *own) in zip(calls, rows if calls else ()):
         weight = torch.full_like(mean, call.num_positions)
-        weight, first, second = _weighted(weight, mean, var)
+        weight, first, second = _weighted_moments(weight, mean, var)
         positive = torch.where(weight > 0, positive, 0)
         outputs += torch.stack((weight, positive, first, second))
         if own:
-            weight, first, second = _weighted(torch.ones_like(mean), *own)
+            weight, first, second = _weighted_moments(torch.ones_like(mean), *own)
             mu, sigma2 = (t[call.level] for t in estimates)
             inputs[:, call.level] += torch.stack(
                 (
@@ -74,7 +74,7 @@ def sum_up(norm: nn.Module, calls: Sequence[Measurement]) -> Sums:
     return Sums(outputs.new_tensor(float(len(calls))), outputs, inputs)
 
 
-def _weighted(weight: Tensor, mean: Tensor, var: Tensor) -> List[Tensor]:
+def _weighted_moments(weight: Tensor, mean: Tensor, var: Tensor) -> List[Tensor]:
     """What makes moments additive; nothing of channels that are not finite."""
     ok = mean.isfinite() & var.isfinite()
     weight = weight * ok
