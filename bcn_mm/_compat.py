@@ -23,8 +23,8 @@ from torch.nn.utils import fusion
 
 from .layers import WS_CONVS
 from .layers.replace import take_hooks
-from .weights.layouts import State
 from .weights.loading import prepare_state_dict
+from .weights.norm_layouts import State
 from .weights.unpickling import allow_mmengine_checkpoints, as_data
 
 

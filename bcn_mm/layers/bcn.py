@@ -14,7 +14,7 @@ from ..ops import (
     check_start,
     default_num_groups,
 )
-from ..weights.layouts import (
+from ..weights.norm_layouts import (
     State,
     adopt_authors,
     adopt_batch_norm,
@@ -57,10 +57,10 @@ class BCN(nn.GroupNorm):
     Attributes that hold it are named as BatchNorm's (``bn1``), and the state
     of an ``nn.BatchNorm2d`` loads into the batch stage, with a channel stage
     that is the identity in the mean
-    (:func:`bcn_mm.weights.layouts.adopt_batch_norm`). The authors' layout
+    (:func:`bcn_mm.weights.norm_layouts.adopt_batch_norm`). The authors' layout
     loads too (``weight`` and ``bias`` of shape (1, G, 1) beside ``bn.*`` or
     ``pbn.*``), and that of an ``nn.GroupNorm`` as an approximation
-    (:func:`bcn_mm.weights.layouts.adopt_group_norm`).
+    (:func:`bcn_mm.weights.norm_layouts.adopt_group_norm`).
 
     **Heads that are shared by pyramid levels** (RetinaNet, FCOS, ATSS, GFL,
     SOLO) pass every level through one layer, and the levels' statistics

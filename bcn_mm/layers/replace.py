@@ -12,7 +12,7 @@ from mmengine.registry import MODELS
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from ..weights.layouts import (
+from ..weights.norm_layouts import (
     adopt_batch_norm,
     adopt_group_norm,
     fill_num_batches_tracked,

@@ -6,7 +6,7 @@ from mmengine.registry import MODELS
 from torch import Tensor, nn
 
 from ..ops import check_dialect, standardize_weight
-from ..weights.layouts import State
+from ..weights.norm_layouts import State
 from ..weights.report import load_report
 
 #: Under this name the metadata of a state dict holds a layer's dialect.

@@ -1,6 +1,6 @@
 """Other people's weights: single norms, whole checkpoints, safe reading.
 
-- :mod:`.layouts`: the layouts of a single norm, read into BCN's.
+- :mod:`.norm_layouts`: the layouts of a single norm, read into BCN's.
 - :mod:`.report`: the log lines that say how a model was loaded.
 - :mod:`.architectures`: the names and shapes of the authors' networks.
 - :mod:`.authors`: conversion of whole checkpoints from and to their layout.
@@ -9,4 +9,4 @@
 """
 
 # Nothing is imported here: the layers read single norms, and so import
-# .layouts and .report, which import no layers; the other modules do.
+# .norm_layouts and .report, which import no layers; the other modules do.

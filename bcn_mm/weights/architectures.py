@@ -4,7 +4,7 @@ import re
 from collections import OrderedDict
 from typing import Dict, Iterator, List, NamedTuple, Optional, Tuple
 
-from .layouts import AUTHORS, INNER, RATE, State
+from .norm_layouts import AUTHORS, INNER, RATE, State
 
 #: Depth of a ResNet -> blocks in each of its stages.
 _BLOCKS = {
@@ -211,7 +211,7 @@ def check_architecture(state: State, arch: str, inner: str) -> None:
         state (dict): Name -> tensor.
         arch (str): As :func:`layers_of` takes it.
         inner (str): What the inner norms are called, one of
-            :data:`.layouts.INNER`.
+            :data:`.norm_layouts.INNER`.
 
     Raises:
         ValueError: names the first entry that is missing, left over or of

@@ -1,6 +1,6 @@
 """Checkpoints of the authors, whole: conversion from and to their layout.
 
-Single norms are read by :mod:`.layouts` whenever a state dict is loaded; here
+Single norms are read by :mod:`.norm_layouts` whenever a state dict is loaded; here
 is what needs to see a whole checkpoint. The authors' layout is that of
 https://github.com/joe-siyuan-qiao/Batch-Channel-Normalization.
 """
@@ -16,7 +16,7 @@ from ..layers.ws_conv import METADATA
 from ..ops import DIALECTS, check_dialect
 from ..version import __version__
 from .architectures import arch_of, check_architecture, groups_of, layers_of
-from .layouts import AUTHORS, INNER, RATE, State
+from .norm_layouts import AUTHORS, INNER, RATE, State
 from .reading import check_values
 
 _EPS = 1e-5  # of their norms and of their weight standardization

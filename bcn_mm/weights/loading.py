@@ -7,7 +7,7 @@ from torch import nn
 
 from ..layers import BCN
 from ..layers.ws_conv import METADATA
-from .layouts import State
+from .norm_layouts import State
 
 
 def prepare_state_dict(model: nn.Module, state: State) -> State:

@@ -7,7 +7,7 @@ import re
 from torch import Tensor, nn
 
 from ..errors import InputError
-from .layouts import State
+from .norm_layouts import State
 from .unpickling import load_weights
 
 

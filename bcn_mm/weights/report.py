@@ -5,7 +5,7 @@ from typing import Optional
 
 from mmengine.logging import print_log
 
-from .layouts import INNER
+from .norm_layouts import INNER
 
 _READING = {
     'BatchNorm': "BatchNorm's layout (it goes into the batch stage; the "
@@ -47,7 +47,7 @@ class LoadReport:
         """A BCN was read from the state of another layout.
 
         Args:
-            layout (str): As :func:`.layouts.layout_of` calls it.
+            layout (str): As :func:`.norm_layouts.layout_of` calls it.
         """
         if self._layout is None:
             self._layout = 'authors' if layout in INNER else layout

@@ -8,7 +8,7 @@ from support.norms import Block, batch_norm
 from torch import nn
 
 from bcn_mm import BCN, replace_norms
-from bcn_mm.weights.layouts import adopt_batch_norm, adopt_group_norm
+from bcn_mm.weights.norm_layouts import adopt_batch_norm, adopt_group_norm
 
 
 def test_takes_over_what_batch_norm_learnt():
