@@ -34,19 +34,19 @@ if TORCH < OLDEST:
     )
 
 
-def _since(home: object, name: str, otherwise: Callable) -> Callable:
-    return getattr(home, name, otherwise)
-
-
-_compiler = getattr(torch, 'compiler', None)  # torch >= 2.1
+_compiler: Any = getattr(torch, 'compiler', None)  # torch >= 2.1
 
 #: Whether torch.compile or torch.export traces this call. torch.compile knows
 #: these functions, and takes their answers for constants.
-is_compiling = _since(_compiler, 'is_compiling', torch._utils.is_compiling)
+is_compiling: Callable[[], bool] = (
+    _compiler.is_compiling
+    if hasattr(_compiler, 'is_compiling')
+    else torch._utils.is_compiling
+)
 #: Whether Dynamo does; torch.export's other route does not count.
-is_dynamo_compiling = _since(_compiler, 'is_dynamo_compiling', is_compiling)
+is_dynamo_compiling = getattr(_compiler, 'is_dynamo_compiling', is_compiling)
 #: Whether torch.export does (torch >= 2.7; before, nobody says).
-is_exporting = _since(_compiler, 'is_exporting', bool)
+is_exporting = getattr(_compiler, 'is_exporting', bool)
 
 
 def is_transforming() -> bool:
@@ -121,8 +121,6 @@ def tree_leaves(tree: Any) -> list:
 
 #: The function within which every call of a module is.
 module_call = getattr(nn.Module, '_wrapped_call_impl', nn.Module._call_impl)
-
-
 #: Has a forward hook run after calls that an error ended, too; torch 2.0 cannot.
 ALWAYS_CALL = dict(always_call=True) if TORCH >= (2, 1) else {}
 
