@@ -7,12 +7,14 @@ import weakref
 
 import pytest
 import torch
+from conftest import needs_torch
 from support.layers import BATCH_STAGES, estimates, same
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
 from bcn_mm.ops import recomputation
+from bcn_mm.ops._compat import TORCH
 
 REENTRANT = pytest.mark.parametrize('reentrant', [True, False])
 
@@ -181,6 +183,7 @@ def test_nothing_is_left_of_a_pass(reentrant):
             assert seen and all(ref() is None for ref in seen)
 
 
+@needs_torch(2, 6, 'checkpoints what is on the meta device')
 def test_passes_on_several_devices():
     layer = BCN(4, 2)
     for device in ('cpu', 'meta', 'cpu'):
@@ -260,7 +263,8 @@ def test_checkpointing_what_is_compiled(estimate, reentrant, calls):
     try:
         around(inputs[0]).pow(3).sum().backward()
     except Exception as e:
-        assert 'checkpoint(torch.compile(block), x)' in str(e)
+        # an older torch refuses by itself, and less kindly
+        assert TORCH < (2, 6) or 'checkpoint(torch.compile(block), x)' in str(e)
         assert same(before[1], estimates(compiled))
         return
     # with hooks for all modules, torch leaves what is checkpointed to Python

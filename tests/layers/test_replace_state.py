@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import needs_torch
 from mmengine.model.utils import _BatchNormXd
 from support.norms import Block, batch_norm
 from torch import nn
@@ -96,7 +97,13 @@ def test_what_was_frozen_stays_frozen(norm, weight, bias):
 
 @pytest.mark.parametrize('device', ['cpu', 'meta'])
 @pytest.mark.parametrize(
-    'dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    'dtype',
+    [
+        pytest.param(torch.float16, marks=needs_torch(2, 6, 'half convolutions')),
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+    ],
 )
 def test_device_and_dtype(device, dtype):
     block = Block().to(device, dtype)
