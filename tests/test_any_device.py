@@ -43,6 +43,7 @@ ORDINARY = {
     # memory
     *('clone', 'copy_', '_to_copy', 'empty', 'empty_like', 'new_empty'),
     'new_empty_strided',
+    'is_same_size',  # asked by autograd itself, before torch 2.6
     *('zeros', 'zeros_like', 'new_zeros', 'ones_like', 'cat', 'stack'),
     *('view', 'unsqueeze', 'squeeze', 'select', 'slice', 'split'),
     *('split_with_sizes', 'unbind', 'expand', 'detach'),
