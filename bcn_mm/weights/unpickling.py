@@ -7,6 +7,7 @@ exactly the same takes the place of Python's.
 
 import codecs
 import pickle
+from collections import Counter
 from functools import lru_cache
 from importlib import import_module
 from types import SimpleNamespace
@@ -67,7 +68,9 @@ def _allowed() -> Dict[str, Any]:
     from torch import _weights_only_unpickler as known
 
     dtypes = {str(v): v for v in vars(torch).values() if isinstance(v, torch.dtype)}
-    more = {'_codecs.encode': codecs.encode}  # bytes, in the pickles of Python 2
+    more = {f'builtins.{t.__name__}': t for t in (set, bytearray, complex)}
+    more['collections.Counter'] = Counter  # the milestones of a scheduler
+    more['_codecs.encode'] = codecs.encode  # bytes, in the pickles of Python 2
     return {**dtypes, **more, **known._get_allowed_globals(), **_mmengine_types()}
 
 

@@ -34,11 +34,13 @@ def test_mmengine_checkpoints_load_weights_only(tmp_path):
             runtime_info=dict(lr=np.float64(0.1), step=np.int64(3)),
             array=np.arange(3.0),
         ),
+        param_schedulers=[dict(milestones=collections.Counter([8, 11]))],
     )
     if unpickling.TELLS:
         with torch.serialization.safe_globals([HistoryBuffer, np.ndarray]):
             pass  # the fork of mmengine does so, and none of them is left
     loaded = read_checkpoint(save(tmp_path / 'a.pth', state))
+    assert loaded['param_schedulers'][0]['milestones'] == {8: 1, 11: 1}
     hub = loaded['message_hub']
     assert hub['log_scalars']['loss'].mean() == 1.5
     assert hub['runtime_info']['step'] == 3
