@@ -3,14 +3,19 @@
 Each check takes a document's path and text and returns its complaints.
 """
 
+import contextlib
 import functools
 import importlib
+import io
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 from typing import Iterator, List, Optional, Tuple
+from unittest import mock
 from urllib.parse import unquote
 
 from conftest import ROOT, run
@@ -162,6 +167,30 @@ def program_of(folder: str, words: List[str]) -> Tuple[Optional[str], List[str]]
     return str(script), words[at + 1 :]
 
 
+def _help_here(words: List[str]) -> Optional[str]:
+    """The same in this process, which has imported already what takes long."""
+    is_module = words[0] == '-m'
+    folder = ROOT if is_module else (ROOT / words[0]).parent
+    shown = io.StringIO()
+    with contextlib.ExitStack() as changed:
+        changed.enter_context(mock.patch.object(sys, 'argv', [words[-1], '--help']))
+        changed.enter_context(
+            mock.patch.object(sys, 'path', [str(folder), str(ROOT), *sys.path])
+        )
+        changed.enter_context(mock.patch.dict(os.environ, COLUMNS='200'))
+        changed.enter_context(contextlib.redirect_stdout(shown))
+        try:
+            if is_module:
+                runpy.run_module(words[1], run_name='__main__')
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name='__main__')
+        except SystemExit as end:
+            return None if end.code else shown.getvalue()
+        except (FileNotFoundError, ImportError):
+            pass
+    return None
+
+
 @functools.lru_cache
 def help_of(program: str) -> Optional[str]:
     """What ``--help`` prints, None if that fails.
@@ -179,6 +208,8 @@ def help_of(program: str) -> Optional[str]:
                 return help_of(f'tools/{scripts[-1]}')
             return help_of(re.search(r'-m \w+', last).group())
         command = ['bash', program]
+    elif program.startswith(('tools/', 'benchmarks/', 'studies/', '-m studies.')):
+        return _help_here(program.split())
     else:
         command = [sys.executable, *program.split()]
     done = run(*command, '--help', COLUMNS='200', timeout=120)
