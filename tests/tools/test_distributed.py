@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, needs_torch, run
 from support.dump_state import check_threads
 from test_train_test import (
     CONFIGS,
@@ -151,6 +151,7 @@ def test_gradient_accumulation(shapes, tmp_path):
     assert passes and all(n >= 12 for n in passes)
 
 
+@needs_torch(2, 6, 'FSDP without a GPU')
 def test_fsdp(pair, shapes, tmp_path, python):
     """mmengine's FSDP trains as its DDP does, and its checkpoint is one."""
     config = tmp_path / 'fsdp.py'
