@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from . import portable, recomputation
 from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompiled
 from .estimates import Rule, Running, batch_of
-from .kernels import is_empty, kernels_for
+from .kernels import Eager, is_empty, kernels_for
 from .layout import compute_dtype, dense, in_layout_of, to_dtype
 from .stages import Affine, Batch, Moments, Spec
 
@@ -212,15 +212,20 @@ def _normalize(
         x = dense(x)
         affine = Affine(*to_dtype(compute_dtype(x), *affine))
         kernels = kernels_for(x)
+        needs_grad = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *affine)
+        )
+        if kernels.fused and group is None and not recomputation.is_on():
+            if needs_grad:
+                return _Fused.apply(x, *affine, running, rule, spec, kernels)
+            return kernels.forward(x, running, rule, affine, spec)[0]
         with torch.no_grad():
             moments = kernels.moments(x)
             batch = batch_of(moments, x.shape[2:].numel(), running, rule, group)
         if is_transforming():
             return portable.differentiable(x, batch, affine, spec)
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *affine)
-        ):
-            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, *spec, group)
+        if needs_grad:
+            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, spec, group)
         return kernels.normalize(x, moments, batch, affine, spec)
 
 
@@ -247,8 +252,7 @@ class _BatchChannelNorm(torch.autograd.Function):
         batch_mean: Tensor,
         inv_std: Tensor,
         num_values: Optional[Union[int, Tensor]],
-        num_groups: int,
-        eps: float,
+        spec: Spec,
         group: Optional['dist.ProcessGroup'],
     ) -> Tensor:
         is_tensor = isinstance(num_values, Tensor)
@@ -261,33 +265,33 @@ class _BatchChannelNorm(torch.autograd.Function):
             batch_weight,
             batch_bias,
             weight,
+            bias if spec.relu else None,  # else it may move, as in all norms
             num_values if is_tensor else None,
         )
         ctx.far, ctx.num_values = far, None if is_tensor else num_values
-        ctx.settings = num_groups, eps, group
+        ctx.settings = spec, group
         return kernels_for(x).normalize(
             x,
             Moments(mean, var, far),
             Batch(batch_mean, inv_std, num_values),
             Affine(batch_weight, batch_bias, weight, bias),
-            Spec(num_groups, eps),
+            spec,
         )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
         x, mean, var, batch_mean, inv_std, *rest = ctx.saved_tensors
-        batch_weight, batch_bias, weight, num_values = rest
-        num_groups, eps, group = ctx.settings
+        *affine, num_values = rest
+        spec, group = ctx.settings
         if num_values is None:
             num_values = ctx.num_values
         dy, kernels = in_layout_of(dy, x), kernels_for(x)
         known = (
             Moments(mean, var, ctx.far),
             Batch(batch_mean, inv_std, num_values),
-            # the bias may move by then, as in all norms
-            Affine(batch_weight, batch_bias, weight, None),
-            Spec(num_groups, eps),
+            Affine(*affine),
+            spec,
         )
         sums = kernels.backward_reduce(dy, x, *known)
         dx = None
@@ -298,4 +302,39 @@ class _BatchChannelNorm(torch.autograd.Function):
                 d_shift, d_factor = along.unbind()
                 sums = sums._replace(along=(d_shift, d_factor))
             dx = kernels.backward_input(dy, x, sums, *known)
-        return (dx, *sums.affine, *[None] * 9)
+        return (dx, *sums.affine, *[None] * 8)
+
+
+class _Fused(torch.autograd.Function):
+    """The passes of a backend that makes them in one call each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        batch_weight: Optional[Tensor],
+        batch_bias: Optional[Tensor],
+        weight: Optional[Tensor],
+        bias: Optional[Tensor],
+        running: Running,
+        rule: Rule,
+        spec: Spec,
+        kernels: Eager,
+    ) -> Tensor:
+        affine = Affine(batch_weight, batch_bias, weight, bias)
+        y, saved = kernels.forward(x, running, rule, affine, spec)
+        # the bias may move before the backward pass, as in all norms
+        kept = bias if spec.relu else None
+        ctx.save_for_backward(x, batch_weight, batch_bias, weight, kept, *saved)
+        ctx.kernels, ctx.settings = kernels, (rule, spec)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
+        x, batch_weight, batch_bias, weight, bias, *saved = ctx.saved_tensors
+        affine = Affine(batch_weight, batch_bias, weight, bias)
+        dx, grads = ctx.kernels.backward(
+            in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
+        )
+        return (dx, *grads, *[None] * 4)

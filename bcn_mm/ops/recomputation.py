@@ -76,6 +76,11 @@ def by_others() -> bool:
     )
 
 
+def is_on() -> bool:
+    """Whether this pass is recorded, or repeats another."""
+    return bool(_stack.runs) or torch._C._current_graph_task_id() != -1
+
+
 def compiled() -> bool:
     """Whether what is being compiled will be recomputed by the compiler."""
     return torch.fx.traceback.current_meta.get('recompute') is not None

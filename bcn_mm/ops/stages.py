@@ -17,6 +17,7 @@ class Spec(NamedTuple):
 
     num_groups: int
     eps: float  # of both stages
+    relu: bool = False  # whether the result is max(0, .) of both stages'
 
 
 class Moments(NamedTuple):

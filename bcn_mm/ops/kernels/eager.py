@@ -7,7 +7,7 @@ the layout of ``x``. What a backend overrides is either the four functions or
 the passes that they are made of.
 """
 
-from typing import Iterator, Tuple
+from typing import TYPE_CHECKING, Iterator, Optional, Tuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from .. import stages
 from .._compat import addcmul_into
 from ..layout import broadcast_rows, compute_dtype, flat
 from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
+
+if TYPE_CHECKING:
+    from ..estimates import Rule, Running
 
 # Elements that may be copied at once: 64 MiB of float32.
 _PORTION = 1 << 24
@@ -26,6 +29,10 @@ class Eager:
 
     Copies of ``x`` in the dtype of statistics are made of a portion at a time.
     """
+
+    #: Whether ``forward`` and ``backward`` make a whole pass in one call, the
+    #: algebra and the move of the estimates included (README.md).
+    fused = False
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}()'
@@ -61,10 +68,31 @@ class Eager:
         spec: Spec,
     ) -> Tensor:
         """Both stages: a fresh tensor of the shape, dtype and layout of x."""
+        y = self._normalize(x, moments, batch, affine, spec)
+        return y.relu_() if spec.relu else y
+
+    def _normalize(
+        self, x: Tensor, moments: Moments, batch: Batch, affine: Affine, spec: Spec
+    ) -> Tensor:
         scale, at_mean = stages.forward(moments, batch, affine, spec)
         if _has_single_values(x):
             return torch.empty_like(x).copy_(at_mean.view(x.shape))
         return self._apply(x, moments, scale, at_mean)
+
+    def _through_relu(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        moments: Moments,
+        batch: Batch,
+        affine: Affine,
+        spec: Spec,
+    ) -> Tensor:
+        """The gradient of what the ReLU is of, which is computed again."""
+        if not spec.relu:
+            return dy
+        y = self._normalize(x, moments, batch, affine, spec)
+        return torch.where(y <= 0, 0, dy)
 
     def backward_reduce(
         self,
@@ -75,7 +103,11 @@ class Eager:
         affine: Affine,
         spec: Spec,
     ) -> Sums:
-        """The gradients of the parameters, and what dx is made of."""
+        """The gradients of the parameters, and what dx is made of.
+
+        With ``spec.relu``, ``affine`` must have the bias of the forward pass.
+        """
+        dy = self._through_relu(dy, x, moments, batch, affine, spec)
         dy_sum, moment = self._reduce(dy, x, moments.mean)
         length = x.shape[2:].numel()
         return stages.backward_reduce(
@@ -93,12 +125,48 @@ class Eager:
         spec: Spec,
     ) -> Tensor:
         """The gradient of x: a fresh tensor, in the layout of x."""
+        dy = self._through_relu(dy, x, moments, batch, affine, spec)
         length = x.shape[2:].numel()
         gradient = stages.backward_input(sums, length, moments, batch)
         if _has_single_values(x):
             at_mean = gradient.at_mean
             return torch.empty_like(x).copy_(at_mean.view(x.shape))
         return self._apply_add(dy, x, moments, gradient)
+
+    # -- the same in one call each, for those that are fused ----------------
+
+    def forward(
+        self, x: Tensor, running: 'Running', rule: 'Rule', affine: Affine, spec: Spec
+    ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        """``moments``, the move of the estimates and ``normalize``.
+
+        For a pass that is of this process alone, and repeats no other.
+
+        Returns:
+            tuple: y, and what :meth:`backward` needs beside x: at most 4
+            values for every row.
+        """
+        raise NotImplementedError
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor,
+        saved: Tuple[Tensor, ...],
+        affine: Affine,
+        rule: 'Rule',
+        spec: Spec,
+        needs_dx: bool,
+    ) -> Tuple[Optional[Tensor], Affine]:
+        """``backward_reduce`` and, if dx is needed, ``backward_input``.
+
+        ``affine`` has the bias of the forward pass if ``spec.relu``, else None.
+
+        Returns:
+            tuple: dx or None, and the gradients of the parameters. That of a
+            bias which is not given is given too where there is a weight.
+        """
+        raise NotImplementedError
 
     # -- the passes ----------------------------------------------------------
 
