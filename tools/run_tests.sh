@@ -26,6 +26,8 @@ lint() {
 lint ruff check .
 lint ruff format --check --quiet .
 lint mypy
-# files are shared out among workers, each with one core's threads
+# Files are shared out among workers, each with one core's threads. They go in the
+# order of their names: xdist would begin with those that have the most tests, and
+# end with one worker at the few long ones while the other idles.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-exec "$PY" -m pytest -n "${WORKERS:-2}" --dist loadfile "$@"
+exec "$PY" -m pytest -n "${WORKERS:-2}" --dist loadfile --no-loadscope-reorder "$@"
