@@ -1,9 +1,11 @@
-"""What pyproject.toml cannot say: the files that are shipped beside the package."""
+"""What pyproject.toml cannot say: kernels to compile, files shipped beside them."""
 
+import os
 import re
+import sys
 from pathlib import Path
 
-from setuptools import __version__, find_packages, setup
+from setuptools import Extension, __version__, find_packages, setup
 
 ROOT = Path(__file__).parent
 
@@ -41,6 +43,57 @@ def shipped(*patterns: str) -> list:
     ]
 
 
+def kernels() -> dict:
+    """The kernels for the CPU, for the torch that is here.
+
+    They are compiled where torch, a compiler and Linux are, and left out else:
+    without them, or under another torch, bcn_mm runs without them. The library
+    chooses its instruction set when it runs, so it fits any machine of this
+    architecture. BCN_MM_BUILD=0 leaves it out.
+    """
+    if os.environ.get('BCN_MM_BUILD') == '0' or sys.platform != 'linux':
+        return {}
+    try:
+        import torch
+        from torch.utils import cpp_extension
+    except ImportError:  # pip's isolated builds have none
+        return {}
+
+    class Build(cpp_extension.BuildExtension):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, use_ninja=False, **kwargs)
+
+        def get_ext_filename(self, fullname):
+            *folders, name = fullname.split('.')
+            # as bcn_mm/ops/kernels/cpp.py looks for it
+            return os.path.join(*folders, f'{name}-torch-{torch.__version__}.so')
+
+        def build_extensions(self):
+            try:
+                super().build_extensions()
+            except Exception as error:
+                lines = str(error).strip().splitlines() or [type(error).__name__]
+                print(
+                    f'bcn_mm: the kernels for the CPU did not compile, and BCN runs '
+                    f'without them ({lines[0]})',
+                    file=sys.stderr,
+                )
+
+    library = Extension(
+        'bcn_mm.ops.kernels._cpu',
+        ['csrc/batch_channel_norm.cpp'],
+        depends=['csrc/passes.h', 'csrc/weight_standardization.h'],
+        include_dirs=cpp_extension.include_paths(),
+        library_dirs=cpp_extension.library_paths(),
+        libraries=['c10', 'torch_cpu', 'torch'],
+        # OpenMP is to be that of torch, so nothing is linked for it
+        extra_compile_args=['-O3', '-ffp-contract=fast', '-fopenmp', '-g0', '-w'],
+        language='c++',
+        optional=True,
+    )
+    return dict(ext_modules=[library], cmdclass=dict(build_ext=Build))
+
+
 extras = dict(
     mm=requirements('mminstall'),
     **{name: requirements(name) for name in ('imagenet', 'export', 'study', 'docs')},
@@ -67,4 +120,5 @@ setup(
     # choice of build or fork (docs/installation.md), so none is required here
     install_requires=requirements('runtime'),
     extras_require=extras,
+    **kernels(),
 )

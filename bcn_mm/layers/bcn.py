@@ -237,10 +237,12 @@ class BCN(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``; in training mode move the estimates first."""
+        # not as attributes, which nn.Module looks up in Python, one by one
+        buffers = self._buffers
         mean, var, passes = (
-            self.running_mean,
-            self.running_var,
-            self.num_batches_tracked,
+            buffers['running_mean'],
+            buffers['running_var'],
+            buffers['num_batches_tracked'],
         )
         if self._levels:
             level = self._levels.next(input)

@@ -208,23 +208,22 @@ def _normalize(
     spec: Spec,
     group: Optional['dist.ProcessGroup'],
 ) -> Tensor:
+    x = dense(x)
+    affine = Affine(*to_dtype(compute_dtype(x), *affine))
+    kernels = kernels_for(x)
+    if kernels.fused and group is None and not recomputation.is_on():
+        if torch.is_grad_enabled():
+            return _Fused.apply(x, *affine, running, rule, spec, kernels)
+        return kernels.forward(x, running, rule, affine, spec)[0]
     with _autocast_off(x):
-        x = dense(x)
-        affine = Affine(*to_dtype(compute_dtype(x), *affine))
-        kernels = kernels_for(x)
-        needs_grad = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, *affine)
-        )
-        if kernels.fused and group is None and not recomputation.is_on():
-            if needs_grad:
-                return _Fused.apply(x, *affine, running, rule, spec, kernels)
-            return kernels.forward(x, running, rule, affine, spec)[0]
         with torch.no_grad():
             moments = kernels.moments(x)
             batch = batch_of(moments, x.shape[2:].numel(), running, rule, group)
         if is_transforming():
             return portable.differentiable(x, batch, affine, spec)
-        if needs_grad:
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, *affine)
+        ):
             return _BatchChannelNorm.apply(x, *affine, *moments, *batch, spec, group)
         return kernels.normalize(x, moments, batch, affine, spec)
 
@@ -330,11 +329,17 @@ class _Fused(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
-        x, batch_weight, batch_bias, weight, bias, *saved = ctx.saved_tensors
-        affine = Affine(batch_weight, batch_bias, weight, bias)
-        dx, grads = ctx.kernels.backward(
-            in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
-        )
-        return (dx, *grads, *[None] * 4)
+        # entering no_grad takes as long as a small map does, so only if it must
+        if torch.is_grad_enabled():
+            return once_differentiable(_fused_backward)(ctx, dy)
+        return _fused_backward(ctx, dy)
+
+
+def _fused_backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
+    x, batch_weight, batch_bias, weight, bias, *saved = ctx.saved_tensors
+    affine = Affine(batch_weight, batch_bias, weight, bias)
+    dx, grads = ctx.kernels.backward(
+        in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
+    )
+    return (dx, *grads, None, None, None, None)

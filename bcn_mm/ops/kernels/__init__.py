@@ -13,12 +13,14 @@ from typing import Iterator
 from torch import Tensor
 
 from .._compat import is_compiling, is_transforming
+from .cpp import Cpp
 from .eager import Eager, Empty, Functional
 from .native import Native
 
 #: What may be chosen, best first; ``auto`` takes the first that serves.
-BACKENDS = {'native': Native(), 'eager': Eager()}
+BACKENDS = {'cpp': Cpp(), 'native': Native(), 'eager': Eager()}
 CHOICES = ('auto', *BACKENDS)
+_BEST_FIRST = tuple(BACKENDS.values())
 _EMPTY, _FUNCTIONAL = Empty(), Functional()
 
 
@@ -72,7 +74,9 @@ def kernels_for(x: Tensor) -> Eager:
     if is_compiling() or is_transforming():
         return _FUNCTIONAL
     if _choice == 'auto':
-        return next(b for b in BACKENDS.values() if b.serves(x))
+        for backend in _BEST_FIRST:
+            if backend.serves(x):
+                return backend
     backend = BACKENDS[_choice]
     if not backend.serves(x):
         raise RuntimeError(

@@ -1,0 +1,570 @@
+// The passes over tensors of full size, for one instruction set.
+//
+// No include guard: batch_channel_norm.cpp includes this once for every
+// instruction set, in a namespace of its own, with
+//   VECTOR_BYTES             the size of a register
+//   TARGET                   the attribute that has a function compiled for it
+//   LOAD_HALF, STORE_HALF    its conversions of float16, if it has any
+//
+// There are two layouts. Rows: `count` rows of `length` values, one after the
+// other. Columns: `length` positions of `count` values each (channels-last).
+// Either way there are `count` coefficients of each kind, and `count` results.
+// Sums are those of blocks, in the lanes of registers; blocks add up in double.
+
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+typedef float VFloat __attribute__((vector_size(VECTOR_BYTES)));
+typedef double VDouble __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t VWord __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t VMask __attribute__((vector_size(VECTOR_BYTES)));
+typedef int64_t VLongMask __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t VShort __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef float VFloatHalf __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+template <class T> struct Vector { using type = VFloat; };
+template <> struct Vector<double> { using type = VDouble; };
+template <class T> using V = typename Vector<T>::type;
+template <class T> constexpr int W = VECTOR_BYTES / sizeof(Acc<T>);
+constexpr int U = 4;  // registers that a sum is spread over
+
+// -- registers ---------------------------------------------------------------
+
+INLINE VFloat load(const float* p) {
+  VFloat v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE VDouble load(const double* p) {
+  VDouble v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+
+INLINE VFloat load(const c10::BFloat16* p) {
+  VShort bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (VFloat)(__builtin_convertvector(bits, VWord) << 16);
+}
+
+INLINE VFloat load(const c10::Half* p) {
+#ifdef LOAD_HALF
+  return (VFloat)LOAD_HALF(p);
+#else
+  VFloat v;
+  for (int i = 0; i < W<float>; ++i) v[i] = static_cast<float>(p[i]);
+  return v;
+#endif
+}
+
+INLINE void store(float* p, VFloat v) { __builtin_memcpy(p, &v, sizeof v); }
+
+INLINE void store(double* p, VDouble v) { __builtin_memcpy(p, &v, sizeof v); }
+
+INLINE void store(c10::BFloat16* p, VFloat v) {
+  // to the nearest, ties to even; NaN stays NaN
+  const VWord bits = (VWord)v;
+  const VWord up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const VWord keep = (VWord)(v == v);
+  const VWord rounded = (up & keep) | (0x7fc0 & ~keep);
+  const VShort out = __builtin_convertvector(rounded, VShort);
+  __builtin_memcpy(p, &out, sizeof out);
+}
+
+INLINE void store(c10::Half* p, VFloat v) {
+#ifdef STORE_HALF
+  STORE_HALF(p, v);
+#else
+  for (int i = 0; i < W<float>; ++i) p[i] = static_cast<c10::Half>(v[i]);
+#endif
+}
+
+// The sum of all lanes, in double
+INLINE double total(VDouble v) {
+  Pair low, high;
+#if VECTOR_BYTES == 64
+  Quad half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  half[0] += half[1];
+  __builtin_memcpy(&low, half, sizeof low);
+  __builtin_memcpy(&high, (const char*)half + sizeof low, sizeof high);
+  low += high;
+#elif VECTOR_BYTES == 32
+  __builtin_memcpy(&low, &v, sizeof low);
+  __builtin_memcpy(&high, (const char*)&v + sizeof low, sizeof high);
+  low += high;
+#else
+  low = v;
+#endif
+  return low[0] + low[1];
+}
+
+INLINE double total(VFloat v) {
+  VFloatHalf half[2];
+  __builtin_memcpy(half, &v, sizeof v);
+  return total(
+      __builtin_convertvector(half[0], VDouble) +
+      __builtin_convertvector(half[1], VDouble));
+}
+
+template <class VT> INLINE double total(const VT (&v)[U]) {
+  return total((v[0] + v[1]) + (v[2] + v[3]));
+}
+
+// 0 where y is not above 0, d elsewhere, NaN included
+INLINE VFloat through_relu(VFloat d, VFloat y) {
+  return (VFloat)((VMask)d & ~(VMask)(y <= 0));
+}
+
+INLINE VDouble through_relu(VDouble d, VDouble y) {
+  return (VDouble)((VLongMask)d & ~(VLongMask)(y <= 0));
+}
+
+// -- the ends of rows --------------------------------------------------------
+
+// The last vector of n values. It overlaps the one before; where n < W there is
+// none before, and zeros are.
+template <class T> INLINE V<T> load_last(const T* p, int64_t n) {
+  if (n >= W<T>) return load(p + n - W<T>);
+  T buffer[W<T>] = {};
+  for (int64_t i = 0; i < n; ++i) buffer[W<T> - n + i] = p[i];
+  return load(buffer);
+}
+
+template <class T> INLINE void store_last(T* p, int64_t n, V<T> v) {
+  if (n >= W<T>) return store(p + n - W<T>, v);
+  T buffer[W<T>];
+  store(buffer, v);
+  for (int64_t i = 0; i < n; ++i) p[i] = buffer[W<T> - n + i];
+}
+
+// 0 but in the last n lanes
+INLINE VFloat only_last(VFloat v, int64_t n) {
+  static const int32_t from[32] = {0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+                                   0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1,
+                                   -1, -1, -1, -1, -1, -1, -1, -1, -1, -1};
+  VMask keep;
+  __builtin_memcpy(&keep, from + 16 - W<float> + n, sizeof keep);
+  return (VFloat)((VMask)v & keep);
+}
+
+INLINE VDouble only_last(VDouble v, int64_t n) {
+  for (int64_t i = 0; i < W<double> - n; ++i) v[i] = 0;
+  return v;
+}
+
+// -- rows --------------------------------------------------------------------
+
+// Elements of a block: 8 KiB of float, read twice
+constexpr int64_t kBlock = 2048;
+
+// Values of a row that are summed about its first one. It is at most so many
+// variances away, of which a sum of squares loses no more than six bits.
+constexpr int64_t kShort = 64;
+
+// Count, mean, and sum of squares about it, of values that come in blocks
+struct Spread {
+  double n, mean, squares;
+};
+
+INLINE void merge(Spread& all, const Spread& more) {
+  const double step = more.mean - all.mean, share = more.n / (all.n + more.n);
+  all.squares += more.squares + step * step * all.n * share;
+  all.mean += step * share;
+  all.n += more.n;
+}
+
+// About a centre, the rounded mean, so that nothing cancels: values that are all
+// equal have exactly their value as mean, and no squares.
+template <class T>
+INLINE Spread spread_of(const T* x, int64_t n, int64_t ahead) {
+  constexpr int w = W<T>;
+  const int64_t rest = n % w, whole = n - rest, unrolled = n - n % (U * w);
+  Acc<T> centre = static_cast<Acc<T>>(x[0]);
+  int64_t i = 0;
+  if (n > kShort) {
+    V<T> sum[U] = {};
+    for (; i < unrolled; i += U * w) {
+      for (int k = 0; k < U; ++k) sum[k] += load(x + i + k * w);
+    }
+    for (; i < whole; i += w) sum[0] += load(x + i);
+    if (rest) sum[1] += only_last(load_last(x, n), rest);
+    centre = static_cast<Acc<T>>(total(sum) / n);
+  }
+
+  V<T> first[U] = {}, second[U] = {};
+  for (i = 0; i < unrolled; i += U * w) {
+    for (int k = 0; k < U; ++k) {
+      if (ahead) __builtin_prefetch(x + i + k * w + ahead);
+      const V<T> d = load(x + i + k * w) - centre;
+      first[k] += d;
+      second[k] += d * d;
+    }
+  }
+  for (; i < whole; i += w) {
+    const V<T> d = load(x + i) - centre;
+    first[0] += d;
+    second[0] += d * d;
+  }
+  if (rest) {
+    const V<T> d = only_last(load_last(x, n) - centre, rest);
+    first[1] += d;
+    second[1] += d * d;
+  }
+  const double off = total(first) / n;
+  const double squares = total(second) - off * off * n;
+  return {static_cast<double>(n), centre + off, squares < 0 ? 0 : squares};
+}
+
+template <class T>
+TARGET void row_moments(
+    const T* x, int64_t count, int64_t length, double* mean, double* var) {
+  for (int64_t row = 0; row < count; ++row, x += length) {
+    const bool more = length > kBlock;
+    Spread all = spread_of(x, std::min(kBlock, length), more ? kBlock : 0);
+    for (int64_t i = kBlock; i < length; i += kBlock) {
+      const int64_t n = std::min(kBlock, length - i);
+      merge(all, spread_of(x + i, n, i + n < length ? kBlock : 0));
+    }
+    mean[row] = all.mean;
+    var[row] = all.squares / length;
+  }
+}
+
+template <class T, bool relu>
+INLINE V<T> affine(V<T> x, V<T> mean, V<T> scale, V<T> at_mean) {
+  const V<T> y = scale * (x - mean) + at_mean;
+  return relu ? through_relu(y, y) : y;
+}
+
+template <class T, bool relu>
+TARGET void row_apply(
+    const T* x, T* y, int64_t count, int64_t length, const Acc<T>* mean,
+    const Acc<T>* scale, const Acc<T>* at_mean) {
+  constexpr int w = W<T>;
+  const int64_t rest = length % w, whole = length - rest;
+  for (int64_t row = 0; row < count; ++row, x += length, y += length) {
+    const V<T> m = mean[row] - V<T>{}, a = scale[row] - V<T>{};
+    const V<T> b = at_mean[row] - V<T>{};
+    for (int64_t i = 0; i < whole; i += w)
+      store(y + i, affine<T, relu>(load(x + i), m, a, b));
+    if (rest)
+      store_last(y, length, affine<T, relu>(load_last(x, length), m, a, b));
+  }
+}
+
+// Sums of dy and of dy (x - mean)
+template <class T, bool relu>
+TARGET void row_reduce(
+    const T* dy, const T* x, int64_t count, int64_t length, const Acc<T>* mean,
+    const Acc<T>* scale, const Acc<T>* at_mean, double* plain, double* centred) {
+  constexpr int w = W<T>;
+  for (int64_t row = 0; row < count; ++row) {
+    const V<T> m = mean[row] - V<T>{}, a = scale[row] - V<T>{};
+    const V<T> b = at_mean[row] - V<T>{};
+    double sum = 0, product = 0;
+    for (int64_t start = 0; start < length; start += kBlock) {
+      const int64_t n = std::min(kBlock, length - start);
+      const int64_t rest = n % w, whole = n - rest, unrolled = n - n % (U * w);
+      V<T> first[U] = {}, second[U] = {};
+      int64_t i = 0;
+      for (; i < unrolled; i += U * w) {
+        for (int k = 0; k < U; ++k) {
+          const V<T> e = load(x + i + k * w) - m;
+          V<T> d = load(dy + i + k * w);
+          if (relu) d = through_relu(d, a * e + b);
+          first[k] += d;
+          second[k] += d * e;
+        }
+      }
+      for (; i < whole; i += w) {
+        const V<T> e = load(x + i) - m;
+        V<T> d = load(dy + i);
+        if (relu) d = through_relu(d, a * e + b);
+        first[0] += d;
+        second[0] += d * e;
+      }
+      if (rest) {
+        const V<T> e = load_last(x, n) - m;
+        V<T> d = load_last(dy, n);
+        if (relu) d = through_relu(d, a * e + b);
+        first[1] += only_last(d, rest);
+        second[1] += only_last(d * e, rest);
+      }
+      sum += total(first);
+      product += total(second);
+      x += n, dy += n;
+    }
+    plain[row] = sum;
+    centred[row] = product;
+  }
+}
+
+template <class T, bool relu>
+INLINE V<T> gradient(
+    V<T> dy, V<T> x, V<T> dy_mean, V<T> mean, V<T> dy_scale, V<T> x_scale,
+    V<T> at_mean, V<T> scale, V<T> shift) {
+  const V<T> e = x - mean;
+  if (relu) dy = through_relu(dy, scale * e + shift);
+  return dy_scale * (dy - dy_mean) + (x_scale * e + at_mean);
+}
+
+template <class T, bool relu>
+TARGET void row_apply_add(
+    const T* dy, const T* x, T* dx, int64_t count, int64_t length,
+    const Gradient<Acc<T>>& g) {
+  constexpr int w = W<T>;
+  const int64_t rest = length % w, whole = length - rest;
+  for (int64_t row = 0; row < count; ++row) {
+    const V<T> zero{};
+    const V<T> dm = g.dy_mean[row] - zero, m = g.mean[row] - zero;
+    const V<T> da = g.dy_scale[row] - zero, a = g.x_scale[row] - zero;
+    const V<T> b = g.at_mean[row] - zero;
+    const V<T> s = relu ? g.scale[row] - zero : zero;
+    const V<T> t = relu ? g.shift[row] - zero : zero;
+    for (int64_t i = 0; i < whole; i += w)
+      store(dx + i, gradient<T, relu>(load(dy + i), load(x + i), dm, m, da, a, b, s, t));
+    if (rest)
+      store_last(
+          dx, length,
+          gradient<T, relu>(
+              load_last(dy, length), load_last(x, length), dm, m, da, a, b, s, t));
+    dy += length, x += length, dx += length;
+  }
+}
+
+// -- columns -----------------------------------------------------------------
+
+// Where vector c of `count` columns is the last and not whole: `count`, else 0
+template <class T> INLINE int64_t if_last(int64_t c, int64_t count) {
+  return c + W<T> <= count ? 0 : count;
+}
+
+template <class T> INLINE V<T> load_at(const T* p, int64_t c, int64_t n) {
+  return n ? load_last(p, n) : load(p + c);
+}
+
+template <class T> INLINE void store_at(T* p, int64_t c, int64_t n, V<T> v) {
+  if (n) store_last(p, n, v);
+  else store(p + c, v);
+}
+
+template <class T>
+TARGET void column_moments(
+    const T* x, int64_t count, int64_t length, double* mean, double* var) {
+  std::fill(mean, mean + count, 0.0);
+  std::fill(var, var + count, 0.0);
+  const int64_t step = std::max<int64_t>(1, 2 * kBlock / count);
+  std::vector<Acc<T>> centre(count), first(count), second(count);
+  for (int64_t start = 0; start < length; start += step) {
+    const int64_t stop = std::min(step, length - start);
+    const T* block = x + start * count;
+    for (int64_t c = 0; c < count; c += W<T>) {
+      const int64_t n = if_last<T>(c, count);
+      V<T> sum[2] = {};
+      int64_t i = 0;
+      for (; i + 2 <= stop; i += 2) {
+        sum[0] += load_at(block + i * count, c, n);
+        sum[1] += load_at(block + (i + 1) * count, c, n);
+      }
+      if (i < stop) sum[0] += load_at(block + i * count, c, n);
+      const V<T> m = (sum[0] + sum[1]) / static_cast<Acc<T>>(stop);
+      V<T> r[2] = {}, q[2] = {};
+      for (i = 0; i + 2 <= stop; i += 2) {
+        for (int k = 0; k < 2; ++k) {
+          const V<T> d = load_at(block + (i + k) * count, c, n) - m;
+          r[k] += d;
+          q[k] += d * d;
+        }
+      }
+      if (i < stop) {
+        const V<T> d = load_at(block + i * count, c, n) - m;
+        r[0] += d;
+        q[0] += d * d;
+      }
+      store_at(centre.data(), c, n, m);
+      store_at(first.data(), c, n, r[0] + r[1]);
+      store_at(second.data(), c, n, q[0] + q[1]);
+    }
+    const double part = stop, share = part / (start + part), before = start;
+    for (int64_t c = 0; c < count; ++c) {
+      const double off = first[c] / part;
+      const double squares = second[c] - off * off * part;
+      const double delta = centre[c] + off - mean[c];
+      var[c] += (squares < 0 ? 0 : squares) + delta * delta * before * share;
+      mean[c] += delta * share;
+    }
+  }
+  for (int64_t c = 0; c < count; ++c) var[c] /= length;
+}
+
+template <class T, bool relu>
+TARGET void column_apply(
+    const T* x, T* y, int64_t count, int64_t length, const Acc<T>* mean,
+    const Acc<T>* scale, const Acc<T>* at_mean) {
+  for (int64_t i = 0; i < length; ++i, x += count, y += count) {
+    for (int64_t c = 0; c < count; c += W<T>) {
+      const int64_t n = if_last<T>(c, count);
+      store_at(
+          y, c, n,
+          affine<T, relu>(
+              load_at(x, c, n), load_at(mean, c, n), load_at(scale, c, n),
+              load_at(at_mean, c, n)));
+    }
+  }
+}
+
+template <class T, bool relu>
+TARGET void column_reduce(
+    const T* dy, const T* x, int64_t count, int64_t length, const Acc<T>* mean,
+    const Acc<T>* scale, const Acc<T>* at_mean, double* plain, double* centred) {
+  std::fill(plain, plain + count, 0.0);
+  std::fill(centred, centred + count, 0.0);
+  const int64_t step = std::max<int64_t>(1, 2 * kBlock / count);
+  std::vector<Acc<T>> first(count), second(count);
+  for (int64_t start = 0; start < length; start += step) {
+    const int64_t stop = std::min(step, length - start), offset = start * count;
+    for (int64_t c = 0; c < count; c += W<T>) {
+      const int64_t n = if_last<T>(c, count);
+      const V<T> m = load_at(mean, c, n);
+      const V<T> a = relu ? load_at(scale, c, n) : V<T>{};
+      const V<T> b = relu ? load_at(at_mean, c, n) : V<T>{};
+      V<T> sum[2] = {}, product[2] = {};
+      int64_t i = 0;
+      for (; i < stop; ++i) {
+        const V<T> e = load_at(x + offset + i * count, c, n) - m;
+        V<T> d = load_at(dy + offset + i * count, c, n);
+        if (relu) d = through_relu(d, a * e + b);
+        sum[i & 1] += d;
+        product[i & 1] += d * e;
+      }
+      store_at(first.data(), c, n, sum[0] + sum[1]);
+      store_at(second.data(), c, n, product[0] + product[1]);
+    }
+    for (int64_t c = 0; c < count; ++c) {
+      plain[c] += first[c];
+      centred[c] += second[c];
+    }
+  }
+}
+
+template <class T, bool relu>
+TARGET void column_apply_add(
+    const T* dy, const T* x, T* dx, int64_t count, int64_t length,
+    const Gradient<Acc<T>>& g) {
+  for (int64_t i = 0; i < length; ++i, dy += count, x += count, dx += count) {
+    for (int64_t c = 0; c < count; c += W<T>) {
+      const int64_t n = if_last<T>(c, count);
+      const V<T> zero{};
+      store_at(
+          dx, c, n,
+          gradient<T, relu>(
+              load_at(dy, c, n), load_at(x, c, n), load_at(g.dy_mean, c, n),
+              load_at(g.mean, c, n), load_at(g.dy_scale, c, n),
+              load_at(g.x_scale, c, n), load_at(g.at_mean, c, n),
+              relu ? load_at(g.scale, c, n) : zero,
+              relu ? load_at(g.shift, c, n) : zero));
+    }
+  }
+}
+
+// -- the algebra of one group in one sample ----------------------------------
+
+// z about the mean of the group, into `centred`; returns 1 / std of the group
+template <class A>
+INLINE double channel_stage(
+    const Stage& g, const A* offset, const A* var, double* __restrict centred) {
+  const int64_t depth = g.depth;
+  const double *__restrict factor = g.factor, *__restrict shift = g.shift;
+  double mean = 0, spread = 0;
+#pragma omp simd reduction(+ : mean)
+  for (int64_t d = 0; d < depth; ++d) {
+    centred[d] = shift[d] + offset[d] * factor[d];
+    mean += centred[d];
+  }
+  mean /= depth;
+#pragma omp simd reduction(+ : spread)
+  for (int64_t d = 0; d < depth; ++d) {
+    centred[d] -= mean;
+    spread += var[d] * factor[d] * factor[d] + centred[d] * centred[d];
+  }
+  return 1 / std::sqrt(spread / depth + g.eps);
+}
+
+// Both stages as y = scale (x - kept) + at_mean, where `kept` is the rounded
+// mean: the constant makes good for that, unless `mean` is null
+template <class A>
+TARGET void stages(
+    const Stage& g, const A* offset, const A* var, const double* mean, const A* kept,
+    A* __restrict scale, A* __restrict at_mean, double* __restrict centred) {
+  const double gain = channel_stage(g, offset, var, centred) * g.weight;
+  const double* __restrict factor = g.factor;
+  const double bias = g.bias;
+#pragma omp simd
+  for (int64_t d = 0; d < g.depth; ++d) {
+    const double slope = gain * factor[d];
+    scale[d] = static_cast<A>(slope);
+    double value = bias + centred[d] * gain;
+    if (mean) value += slope * (kept[d] - mean[d]);
+    at_mean[d] = static_cast<A>(value);
+  }
+}
+
+// From row sums of dy and dy (x - mean), `plain` and `moment`, to what dx is made
+// of, but for what batch statistics add to `slope` and `at_mean`; they become row
+// sums of dz and of dz (x - mu). Returns what the weight and the bias get.
+template <class A>
+TARGET std::pair<double, double> stages_backward(
+    const Stage& g, double length, const A* offset, const A* var,
+    double* __restrict plain, double* __restrict moment, A* __restrict dy_mean,
+    A* __restrict dy_scale, A* __restrict x_scale, A* __restrict at_mean,
+    double* __restrict slope, double* __restrict centred) {
+  const double inv_std = channel_stage(g, offset, var, centred);
+  const double gain = inv_std * g.weight, share = 1 / length;
+  const double* __restrict factor = g.factor;
+  double along = 0, all = 0;
+#pragma omp simd reduction(+ : along, all)
+  for (int64_t d = 0; d < g.depth; ++d) {
+    along += centred[d] * plain[d] + moment[d] * factor[d];
+    all += plain[d];
+  }
+  const double size = g.depth * length;
+  const double q = inv_std * inv_std * along / size, p = all / size;
+#pragma omp simd
+  for (int64_t d = 0; d < g.depth; ++d) {
+    const double sum = plain[d], q_row = q * factor[d], scale = gain * factor[d];
+    const double dz = (sum - length * (p + centred[d] * q)) * gain;
+    dy_mean[d] = static_cast<A>(sum / length);
+    dy_scale[d] = static_cast<A>(scale);
+    slope[d] = -q_row * scale;
+    x_scale[d] = static_cast<A>(-q_row * scale);
+    at_mean[d] = static_cast<A>(dz * share * factor[d]);
+    plain[d] = dz;
+    moment[d] = (moment[d] - length * q_row * var[d]) * gain + offset[d] * dz;
+  }
+  return {along * inv_std, all};
+}
+
+// -- the table ---------------------------------------------------------------
+
+template <class T> Passes<T> passes(bool columns, bool relu) {
+  if (columns)
+    return relu ? Passes<T>{column_moments<T>, column_apply<T, true>,
+                            column_reduce<T, true>, column_apply_add<T, true>, stages<Acc<T>>,
+                            stages_backward<Acc<T>>}
+                : Passes<T>{column_moments<T>, column_apply<T, false>,
+                            column_reduce<T, false>, column_apply_add<T, false>, stages<Acc<T>>,
+                            stages_backward<Acc<T>>};
+  return relu ? Passes<T>{row_moments<T>, row_apply<T, true>,
+                          row_reduce<T, true>, row_apply_add<T, true>, stages<Acc<T>>,
+                          stages_backward<Acc<T>>}
+              : Passes<T>{row_moments<T>, row_apply<T, false>,
+                          row_reduce<T, false>, row_apply_add<T, false>, stages<Acc<T>>,
+                          stages_backward<Acc<T>>};
+}
+
+#undef INLINE
+#undef TARGET
+#undef VECTOR_BYTES
+#undef LOAD_HALF
+#undef STORE_HALF
