@@ -22,6 +22,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -67,12 +68,16 @@ template <class T> struct Passes {
       const Acc<T>*, double*, double*);
   void (*apply_add)(
       const T*, const T*, T*, int64_t, int64_t, const Gradient<Acc<T>>&);
+};
+
+template <class A> struct Algebra {
   void (*stages)(
-      const Stage&, const Acc<T>*, const Acc<T>*, const double*, const Acc<T>*, Acc<T>*,
-      Acc<T>*, double*);
-  std::pair<double, double> (*stages_backward)(
-      const Stage&, double, const Acc<T>*, const Acc<T>*, double*, double*, Acc<T>*,
-      Acc<T>*, Acc<T>*, Acc<T>*, double*, double*);
+      const Stage*, int64_t, const A*, const A*, const double*, const A*, A*, A*,
+      double*);
+  void (*stages_backward)(
+      const Stage*, int64_t, double, const A*, const A*, double*, double*, A*, A*, A*,
+      A*, double*, double*, double*);
+  void (*keep)(int64_t, const double*, const double*, const double*, A*, A*, A*);
 };
 
 namespace baseline {
@@ -113,6 +118,25 @@ template <class T> Passes<T> passes(bool columns, bool relu) {
 #endif
   return baseline::passes<T>(columns, relu);
 }
+
+template <class A> Algebra<A> algebra(int64_t depth) {
+#if defined(__x86_64__)
+  if (capability() == "AVX512") return avx512::algebra<A>(depth);
+  if (capability() == "AVX2") return avx2::algebra<A>(depth);
+#endif
+  return baseline::algebra<A>(depth);
+}
+
+// Room for values that are yet to come
+template <class E> class Room {
+ public:
+  explicit Room(int64_t size) : data_(new E[std::max<int64_t>(size, 1)]) {}
+  E* at(int64_t i) const { return data_.get() + i; }
+  E& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  std::unique_ptr<E[]> data_;
+};
 
 // -- shapes and work ---------------------------------------------------------
 
@@ -237,10 +261,10 @@ template <class T>
 void all_moments(const Shape& s, const T* x, double* mean, double* var) {
   const auto pass = passes<T>(s.columns, false);
   const int64_t chunks = s.columns ? s.chunks() : 1, channels = s.channels;
-  std::vector<double> parts(chunks > 1 ? 2 * s.samples * chunks * channels : 0);
+  const Room<double> parts(chunks > 1 ? 2 * s.samples * chunks * channels : 0);
   share_parts(s, [&](int64_t row, int64_t count, int64_t length, int64_t at, int64_t part) {
     if (chunks == 1) return pass.moments(x + at, count, length, mean + row, var + row);
-    double* to = parts.data() + 2 * part * channels;
+    double* to = parts.at(0) + 2 * part * channels;
     pass.moments(x + at, count, length, to, to + channels);
   });
   merge_parts(s, [&](int64_t n) {
@@ -249,7 +273,7 @@ void all_moments(const Shape& s, const T* x, double* mean, double* var) {
     std::fill(v, v + channels, 0.0);
     double before = 0;
     for (int64_t k = 0; k < chunks; ++k) {
-      const double* from = parts.data() + 2 * (n * chunks + k) * channels;
+      const double* from = parts.at(0) + 2 * (n * chunks + k) * channels;
       const double part = std::min(s.chunk(), s.length - k * s.chunk());
       const double share = part / (before + part);
       for (int64_t c = 0; c < channels; ++c) {
@@ -270,11 +294,11 @@ void all_sums(
     const Acc<T>* scale, const Acc<T>* at_mean, double* plain, double* centred) {
   const auto pass = passes<T>(s.columns, relu);
   const int64_t chunks = s.columns ? s.chunks() : 1, channels = s.channels;
-  std::vector<double> parts(chunks > 1 ? 2 * s.samples * chunks * channels : 0);
+  const Room<double> parts(chunks > 1 ? 2 * s.samples * chunks * channels : 0);
   share_parts(s, [&](int64_t row, int64_t count, int64_t length, int64_t at, int64_t part) {
     double *to = plain + row, *to2 = centred + row;
     if (chunks > 1) {
-      to = parts.data() + 2 * part * channels;
+      to = parts.at(0) + 2 * part * channels;
       to2 = to + channels;
     }
     pass.reduce(
@@ -285,7 +309,7 @@ void all_sums(
     std::fill(p, p + channels, 0.0);
     std::fill(q, q + channels, 0.0);
     for (int64_t k = 0; k < chunks; ++k) {
-      const double* from = parts.data() + 2 * (n * chunks + k) * channels;
+      const double* from = parts.at(0) + 2 * (n * chunks + k) * channels;
       for (int64_t c = 0; c < channels; ++c) {
         p[c] += from[c];
         q[c] += from[channels + c];
@@ -479,17 +503,32 @@ template <class T> struct Forward {
   const Affine<A>& affine;
   Saved<A> saved;
   Buffer running_mean, running_var;
+  double* batch;  // (2, C), what the batch stage normalized with; may be null
+  bool repeats;   // whether that is given, and nothing moves
 
   // What `count` channels from c on are normalized with, into saved.inv_std and
   // `centre`; moves their estimates
   void batch_stage(
       int64_t c, int64_t count, const double* mean, const double* var, int64_t stride,
       double* centre) {
+    const auto set = [&](int64_t d, double variance) {
+      const double inv_std = 1 / std::sqrt(variance + rule.eps);
+      saved.inv_std[c + d] = static_cast<A>(inv_std);
+      if (!batch) return;
+      batch[c + d] = centre[d];
+      batch[s.channels + c + d] = inv_std;
+    };
+    if (repeats) {
+      for (int64_t d = 0; d < count; ++d) {
+        centre[d] = batch[c + d];
+        saved.inv_std[c + d] = static_cast<A>(batch[s.channels + c + d]);
+      }
+      return;
+    }
     if (!rule.training) {
       for (int64_t d = 0; d < count; ++d) {
         centre[d] = running_mean.get(c + d);
-        saved.inv_std[c + d] =
-            static_cast<A>(1 / std::sqrt(running_var.get(c + d) + rule.eps));
+        set(d, running_var.get(c + d));
       }
       return;
     }
@@ -513,18 +552,7 @@ template <class T> struct Forward {
       const double variance = move<A>(
           rule, c + d, values, spread[d] / s.samples, centre[d], running_mean,
           running_var);
-      saved.inv_std[c + d] = static_cast<A>(1 / std::sqrt(variance + rule.eps));
-    }
-  }
-
-  // What the backward pass will know of `count` rows
-  void keep(
-      int64_t row, int64_t count, const double* mean, const double* var,
-      const double* centre) {
-    for (int64_t d = 0; d < count; ++d) {
-      saved.mean[row + d] = static_cast<A>(mean[d]);
-      saved.var[row + d] = static_cast<A>(var[d]);
-      saved.offset[row + d] = static_cast<A>(mean[d] - centre[d]);
+      set(d, variance);
     }
   }
 
@@ -532,14 +560,21 @@ template <class T> struct Forward {
     const int64_t depth = s.depth(), channels = s.channels;
     const int threads = threads_for(s.groups, s.size());
     const auto pass = passes<T>(s.columns, relu);
+    const auto algebra_of = algebra<A>(depth);
+    const auto keep = [&](int64_t row, int64_t count, const double* mean,
+                          const double* var, const double* centre) {
+      algebra_of.keep(
+          count, mean, var, centre, saved.mean + row, saved.var + row,
+          saved.offset + row);
+    };
     if (s.by_group(threads)) {
       const int64_t rows = s.samples * depth, work = 2 * rows + 4 * depth;
-      std::vector<double> scratch(threads * work);
-      std::vector<A> coefs(threads * 2 * depth);
+      const Room<double> scratch(threads * work);
+      const Room<A> coefs(threads * 2 * depth);
       share(s.groups, threads, [&](int64_t group, int64_t worker) {
-        double *mean = scratch.data() + worker * work, *var = mean + rows;
+        double *mean = scratch.at(worker * work), *var = mean + rows;
         double *centre = var + rows, *room = centre + depth;
-        A *scale = coefs.data() + worker * 2 * depth, *at_mean = scale + depth;
+        A *scale = coefs.at(worker * 2 * depth), *at_mean = scale + depth;
         const int64_t first = group * depth;
         for (int64_t n = 0; n < s.samples; ++n)
           pass.moments(
@@ -550,8 +585,8 @@ template <class T> struct Forward {
         for (int64_t n = 0; n < s.samples; ++n) {
           const int64_t row = n * channels + first;
           keep(row, depth, mean + n * depth, var + n * depth, centre);
-          pass.stages(
-              g, saved.offset + row, saved.var + row, mean + n * depth,
+          algebra_of.stages(
+              &g, 1, saved.offset + row, saved.var + row, mean + n * depth,
               saved.mean + row, scale, at_mean, room + 2 * depth);
           pass.apply(
               x + row * s.length, y + row * s.length, depth, s.length, saved.mean + row,
@@ -560,10 +595,10 @@ template <class T> struct Forward {
       });
       return;
     }
-    std::vector<double> scratch(2 * s.rows() + 3 * channels);
-    std::vector<A> coefs(2 * s.rows());
-    double *mean = scratch.data(), *var = mean + s.rows(), *centre = var + s.rows();
-    A *scale = coefs.data(), *at_mean = scale + s.rows();
+    const Room<double> scratch(2 * s.rows() + 3 * channels);
+    const Room<A> coefs(2 * s.rows());
+    double *mean = scratch.at(0), *var = mean + s.rows(), *centre = var + s.rows();
+    A *scale = coefs.at(0), *at_mean = scale + s.rows();
     all_moments<T>(s, x, mean, var);
     share(s.groups, threads_for(s.groups, 8 * s.rows()), [&](int64_t group, int64_t) {
       const int64_t c = group * depth;
@@ -573,13 +608,11 @@ template <class T> struct Forward {
         s, affine, rule.eps, saved.inv_std, centre + channels);
     share_samples(s, [&](int64_t n) {
       keep(n * channels, channels, mean + n * channels, var + n * channels, centre);
-      std::vector<double> room(depth);
-      for (int64_t group = 0; group < s.groups; ++group) {
-        const int64_t row = n * channels + group * depth;
-        pass.stages(
-            stage[group], saved.offset + row, saved.var + row, mean + row,
-            saved.mean + row, scale + row, at_mean + row, room.data());
-      }
+      const Room<double> room(depth);
+      const int64_t row = n * channels;
+      algebra_of.stages(
+          stage.data(), s.groups, saved.offset + row, saved.var + row, mean + row,
+          saved.mean + row, scale + row, at_mean + row, room.at(0));
     }, [&](int64_t row, int64_t count, int64_t length, int64_t at) {
       pass.apply(x + at, y + at, count, length, saved.mean + row, scale + row,
                  at_mean + row);
@@ -661,36 +694,38 @@ template <class T> struct Backward {
     const int threads = threads_for(s.groups, s.size());
     const bool whole = s.by_group(threads);
     const auto pass = passes<T>(s.columns, relu);
+    const auto algebra_of = algebra<A>(depth);
     // rows of one task, and how many tasks have room of their own
     const int64_t rows = whole ? s.samples * depth : s.rows();
     const int64_t rooms = whole ? threads : 1;
-    std::vector<A> coefs(rooms * 6 * rows);
-    std::vector<double> sums(rooms * 3 * rows);
+    const Room<A> coefs(rooms * 6 * rows);
+    const Room<double> sums(rooms * 3 * rows);
     const auto work_of = [&](int64_t worker) {
-      A* a = coefs.data() + worker * 6 * rows;
-      double* d = sums.data() + worker * 3 * rows;
+      A* a = coefs.at(worker * 6 * rows);
+      double* d = sums.at(worker * 3 * rows);
       return Work{a,            a + rows,     a + 2 * rows, a + 3 * rows, a + 4 * rows,
                   a + 5 * rows, d,            d + rows,     d + 2 * rows};
     };
-    const auto stage = [&](int64_t group, double* room) {
-      return stage_of<A>(affine, group, depth, eps, saved.inv_std, room);
-    };
     // the affine of the pass forward again, whose sign a ReLU goes by
-    const auto forward = [&](const Stage& g, int64_t row, const Work& own, double* room) {
-      pass.stages(
-          g, saved.offset + row, saved.var + row, nullptr, saved.mean + row, own.scale,
-          own.shift, room);
+    const auto before = [&](const Stage* g, int64_t groups, int64_t row,
+                            const Work& own, double* room) {
+      if (!relu) return;
+      algebra_of.stages(
+          g, groups, saved.offset + row, saved.var + row, nullptr, saved.mean + row,
+          own.scale, own.shift, room);
     };
-    const auto back = [&](const Stage& g, int64_t row, const Work& own, double* room) {
-      return pass.stages_backward(
-          g, s.length, saved.offset + row, saved.var + row, own.plain, own.centred,
-          own.dy_mean, own.dy_scale, own.x_scale, own.at_mean, own.slope, room);
+    const auto after = [&](const Stage* g, int64_t groups, int64_t row, const Work& own,
+                           double* room, double* more) {
+      algebra_of.stages_backward(
+          g, groups, s.length, saved.offset + row, saved.var + row, own.plain,
+          own.centred, own.dy_mean, own.dy_scale, own.x_scale, own.at_mean, own.slope,
+          room, more);
     };
     if (whole) {
-      std::vector<double> small(threads * 3 * depth);
+      const Room<double> small(threads * 3 * depth);
       share(s.groups, threads, [&](int64_t group, int64_t worker) {
-        double *room = small.data() + worker * 3 * depth, *centred = room + 2 * depth;
-        const Stage g = stage(group, room);
+        double *room = small.at(worker * 3 * depth), *centred = room + 2 * depth;
+        const Stage g = stage_of<A>(affine, group, depth, eps, saved.inv_std, room);
         const Work work = work_of(worker);
         const auto apply = [&](int64_t n) {
           const int64_t row = n * channels + group * depth, i = row * s.length;
@@ -702,13 +737,14 @@ template <class T> struct Backward {
         for (int64_t n = 0; n < s.samples; ++n) {
           const int64_t row = n * channels + group * depth, i = row * s.length;
           const Work own = work.at(n * depth);
-          if (relu) forward(g, row, own, centred);
+          before(&g, 1, row, own, centred);
           pass.reduce(
               dy + i, x + i, depth, s.length, saved.mean + row, own.scale, own.shift,
               own.plain, own.centred);
-          const auto more = back(g, row, own, centred);
-          d_weight += more.first;
-          d_bias += more.second;
+          double more[2];
+          after(&g, 1, row, own, centred, more);
+          d_weight += more[0];
+          d_bias += more[1];
           // while the sample is in the cache
           if (dx && !batch_statistics) apply(n);
         }
@@ -720,25 +756,19 @@ template <class T> struct Backward {
       return;
     }
     const Work work = work_of(0);
-    std::vector<double> room(2 * channels), more(2 * s.samples * s.groups);
-    const auto stages = stages_of<A>(s, affine, eps, saved.inv_std, room.data());
-    const auto each_group = [&](int64_t n, const auto& f) {
-      std::vector<double> centred(depth);
-      for (int64_t group = 0; group < s.groups; ++group) {
-        const int64_t row = n * channels + group * depth;
-        f(stages[group], row, work.at(row), centred.data(), n * s.groups + group);
-      }
+    const Room<double> room(2 * channels), more(2 * s.samples * s.groups);
+    const auto stages = stages_of<A>(s, affine, eps, saved.inv_std, room.at(0));
+    const auto before_sample = [&](int64_t n) {
+      const Room<double> own(depth);
+      const int64_t row = n * channels;
+      before(stages.data(), s.groups, row, work.at(row), own.at(0));
     };
-    const auto before = [&](int64_t n) {
-      if (!relu) return;
-      each_group(n, [&](const Stage& g, int64_t row, const Work& own, double* centred,
-                        int64_t) { forward(g, row, own, centred); });
-    };
-    const auto algebra = [&](int64_t n) {
-      each_group(n, [&](const Stage& g, int64_t row, const Work& own, double* centred,
-                        int64_t at) {
-        std::tie(more[2 * at], more[2 * at + 1]) = back(g, row, own, centred);
-      });
+    const auto after_sample = [&](int64_t n) {
+      const Room<double> own(depth);
+      const int64_t row = n * channels;
+      after(
+          stages.data(), s.groups, row, work.at(row), own.at(0),
+          more.at(2 * n * s.groups));
     };
     const auto reduce = [&](int64_t n) {
       const int64_t row = n * channels, i = row * s.length;
@@ -757,15 +787,15 @@ template <class T> struct Backward {
     const bool few = samplewise > 1 && samplewise < at::get_num_threads();
     const bool at_once = dx && !batch_statistics && !few;
     if (few) {
-      for (int64_t n = 0; n < s.samples; ++n) before(n);
+      for (int64_t n = 0; n < s.samples; ++n) before_sample(n);
       all_sums<T>(
           s, dy, x, relu, saved.mean, work.scale, work.shift, work.plain, work.centred);
-      for (int64_t n = 0; n < s.samples; ++n) algebra(n);
+      for (int64_t n = 0; n < s.samples; ++n) after_sample(n);
     } else {
       const auto all = [&](int64_t n) {
-        before(n);
+        before_sample(n);
         reduce(n);
-        algebra(n);
+        after_sample(n);
       };
       if (at_once) share_samples(s, all, apply);
       else share_samples(s, all, nothing);
@@ -841,7 +871,8 @@ std::tuple<Tensor, Tensor> forward(
     const MaybeTensor& num_batches_tracked, const MaybeTensor& batch_weight,
     const MaybeTensor& batch_bias, const MaybeTensor& weight, const MaybeTensor& bias,
     int64_t num_groups, double eps, bool relu, bool training, bool estimate,
-    std::optional<double> momentum, c10::string_view start) {
+    std::optional<double> momentum, c10::string_view start, const MaybeTensor& batch,
+    bool repeats) {
   const Shape s(x, num_groups);
   TORCH_CHECK(
       running_mean.is_cpu() && running_var.is_cpu() &&
@@ -850,18 +881,21 @@ std::tuple<Tensor, Tensor> forward(
           running_mean.scalar_type() == running_var.scalar_type(),
       "expected running statistics of ", s.channels, " channels, on the CPU");
   Tensor y = at::empty_like(x), saved = empty_saved(x);
+  const bool moves = training && !repeats;
   const Rule rule = rule_of(
-      training, estimate, momentum, std::string(start.data(), start.size()), eps,
+      moves, estimate, momentum, std::string(start.data(), start.size()), eps,
       num_batches_tracked);
+  double* data = const_cast<double*>(data_of<double>(batch, 2 * s.channels));
+  TORCH_CHECK(data || !repeats, "a pass that repeats another needs its batch");
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
     const auto affine = affine_of<A>(s, batch_weight, batch_bias, weight, bias);
     Forward<T>{s, rule, affine, Saved<A>(static_cast<A*>(saved.data_ptr()), s),
-               Buffer(running_mean), Buffer(running_var)}
+               Buffer(running_mean), Buffer(running_var), data, repeats}
         .run(static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu);
   });
-  if (training) {
+  if (moves) {
     moved(running_mean);
     moved(running_var);
     if (num_batches_tracked) moved(*num_batches_tracked);
@@ -980,7 +1014,8 @@ namespace {
 std::tuple<Tensor, Tensor> fake_forward(
     const Tensor& x, const Tensor&, const Tensor&, const MaybeTensor&,
     const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-    int64_t, double, bool, bool, bool, std::optional<double>, c10::string_view) {
+    int64_t, double, bool, bool, bool, std::optional<double>, c10::string_view,
+    const MaybeTensor&, bool) {
   return {at::empty_like(x), empty_saved(x)};
 }
 
@@ -1019,7 +1054,8 @@ TORCH_LIBRARY(bcn_mm_cpu, m) {
       "forward(Tensor x, Tensor(a!) running_mean, Tensor(b!) running_var, "
       "Tensor(c!)? num_batches_tracked, Tensor? batch_weight, Tensor? batch_bias, "
       "Tensor? weight, Tensor? bias, int num_groups, float eps, bool relu, "
-      "bool training, bool estimate, float? momentum, str start) -> (Tensor, Tensor)");
+      "bool training, bool estimate, float? momentum, str start, Tensor(d!)? batch, "
+      "bool repeats) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor saved, Tensor? batch_weight, "
       "Tensor? batch_bias, Tensor? weight, Tensor? bias, int num_groups, float eps, "

@@ -122,16 +122,20 @@ def test_layer(
         gradients = [p.grad for p in own.parameters()]
         return out, gradients, list(own.buffers())
 
-    results, gradients, estimates = zip(*both_routes(steps, layer))
+    best, plain = both_routes(steps, layer)
+    x, dy = x.double(), dy.double()
+    with using('eager'):
+        exact = steps(copy.deepcopy(layer).double())
     eps = torch.finfo(dtype).eps
     # a result is rounded once, gradients of low precision by the CPU twice
-    for got, want in zip(*results):
-        size = want.abs().max().item() if want.numel() else 0
-        torch.testing.assert_close(
-            got, want, rtol=4 * eps, atol=(4 * eps + 1e-5) * max(1, size)
-        )
-    for pair in (gradients, estimates):
-        torch.testing.assert_close(*pair, rtol=1e-3, atol=1e-4)
+    few, more = (4 * eps, 4 * eps + 1e-5), (1e-3, 1e-4)
+    for tensors, (rtol, atol) in zip(zip(best, plain, exact), (few, more, more)):
+        for got, want, true in zip(*tensors):
+            # where variances are small, the plain route may be far off itself
+            off = (want - true).abs()
+            size = want.abs().max().item() if want.numel() else 0
+            slack = rtol * want.abs() + atol * max(1, size) + 2 * off
+            assert ((got - want).abs() <= slack).all()
 
 
 @pytest.mark.parametrize('dialect', DIALECTS)

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from . import portable, recomputation
 from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompiled
-from .estimates import Rule, Running, batch_of
+from .estimates import Rule, Running, batch_of, repeated_by_others, unmoving
 from .kernels import Eager, is_empty, kernels_for
 from .layout import compute_dtype, dense, in_layout_of, to_dtype
 from .stages import Affine, Batch, Moments, Spec
@@ -211,10 +211,15 @@ def _normalize(
     x = dense(x)
     affine = Affine(*to_dtype(compute_dtype(x), *affine))
     kernels = kernels_for(x)
-    if kernels.fused and group is None and not recomputation.is_on():
+    if kernels.fused and group is None:
+        known, repeats = None, False
+        if recomputation.is_on():
+            running, rule, known, repeats = _taped(x, running, rule)
         if torch.is_grad_enabled():
-            return _Fused.apply(x, *affine, running, rule, spec, kernels)
-        return kernels.forward(x, running, rule, affine, spec)[0]
+            return _Fused.apply(
+                x, *affine, running, rule, spec, known, repeats, kernels
+            )
+        return kernels.forward(x, running, rule, affine, spec, known, repeats)[0]
     with _autocast_off(x):
         with torch.no_grad():
             moments = kernels.moments(x)
@@ -226,6 +231,18 @@ def _normalize(
         ):
             return _BatchChannelNorm.apply(x, *affine, *moments, *batch, spec, group)
         return kernels.normalize(x, moments, batch, affine, spec)
+
+
+def _taped(
+    x: Tensor, running: Running, rule: Rule
+) -> Tuple[Running, Rule, Optional[Tensor], bool]:
+    """The arguments of ``Eager.forward`` for a pass that is, or has, a repetition."""
+    if repeated_by_others(rule):
+        return running._replace(num_batches_tracked=None), unmoving(rule), None, False
+    own = x.new_empty(2, x.shape[1], dtype=torch.float64)
+    # filled by the pass, whose mode the layer may have left by its repetition
+    batch, rule = recomputation.once(lambda: (own, rule))
+    return running, rule, batch, batch is not own
 
 
 def _autocast_off(x: Tensor) -> ContextManager:
@@ -318,10 +335,12 @@ class _Fused(torch.autograd.Function):
         running: Running,
         rule: Rule,
         spec: Spec,
+        batch: Optional[Tensor],
+        repeats: bool,
         kernels: Eager,
     ) -> Tensor:
         affine = Affine(batch_weight, batch_bias, weight, bias)
-        y, saved = kernels.forward(x, running, rule, affine, spec)
+        y, saved = kernels.forward(x, running, rule, affine, spec, batch, repeats)
         # the bias may move before the backward pass, as in all norms
         kept = bias if spec.relu else None
         ctx.save_for_backward(x, batch_weight, batch_bias, weight, kept, *saved)
@@ -342,4 +361,4 @@ def _fused_backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
     dx, grads = ctx.kernels.backward(
         in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
     )
-    return (dx, *grads, None, None, None, None)
+    return (dx, *grads, *[None] * 6)

@@ -66,15 +66,29 @@ def batch_of(
             this process alone.
     """
     step = partial(_step, moments, length, running, rule, group)
-    if rule.training and recomputation.by_others():
-        warnings.warn(
-            'BCN is recomputed in the backward pass by something other than '
-            'torch.utils.checkpoint: it sees the estimates as they are now, '
-            'which is exact for layers that are called once a step',
-            stacklevel=5,
-        )
+    if repeated_by_others(rule):
         return step(move=False)
     return recomputation.once(step)
+
+
+def repeated_by_others(rule: Rule) -> bool:
+    """Whether this pass is repeated by what has no tape; says so if it is."""
+    if not (rule.training and recomputation.by_others()):
+        return False
+    warnings.warn(
+        'BCN is recomputed in the backward pass by something other than '
+        'torch.utils.checkpoint: it sees the estimates as they are now, '
+        'which is exact for layers that are called once a step',
+        stacklevel=6,
+    )
+    return True
+
+
+def unmoving(rule: Rule) -> Rule:
+    """The same rule for a pass that moves nothing."""
+    if rule.estimate:
+        return rule._replace(training=False)
+    return rule._replace(momentum=0.0, start='identity')
 
 
 def _step(
@@ -201,10 +215,7 @@ def _rate(
     """
     if momentum is not None and start == 'identity':
         return momentum, None
-    if passes is None:
-        raise ValueError(
-            f'momentum={momentum} with start={start!r} needs num_batches_tracked'
-        )
+    passes = counted(passes, momentum, start)
     if momentum is None:
         rate = passes.to(dtype).reciprocal()
         return rate, rate
@@ -213,6 +224,19 @@ def _rate(
     else:
         rate = (passes == 1).to(dtype).clamp_min(momentum)
     return rate, rate * (rate > momentum)
+
+
+def counted(passes: Optional[Tensor], momentum: Optional[float], start: str) -> Tensor:
+    """The number of passes, which a rate that changes with it needs.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if passes is None:
+        raise ValueError(
+            f'momentum={momentum} with start={start!r} needs num_batches_tracked'
+        )
+    return passes
 
 
 def _over_ranks(

@@ -8,12 +8,12 @@ another torch, the other backends go on.
 import functools
 import logging
 from pathlib import Path
-from typing import Any, List, Optional, Tuple
+from typing import Any, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-from ..estimates import Rule, Running
+from ..estimates import Rule, Running, counted
 from ..stages import Affine, InputGradient, Moments, Spec
 from .eager import Eager
 
@@ -70,11 +70,29 @@ class Cpp(Eager):
         return x.is_cpu and x.dtype in _DTYPES and operators() is not None
 
     def forward(
-        self, x: Tensor, running: Running, rule: Rule, affine: Affine, spec: Spec
+        self,
+        x: Tensor,
+        running: Running,
+        rule: Rule,
+        affine: Affine,
+        spec: Spec,
+        batch: Optional[Tensor] = None,
+        repeats: bool = False,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         training, estimate, momentum, start, _ = rule
+        if training and (momentum is None or start != 'identity'):
+            counted(running.num_batches_tracked, momentum, start)
         y, saved = _operators().forward(
-            x, *running, *affine, *spec, training, estimate, momentum, start
+            x,
+            *running,
+            *affine,
+            *spec,
+            training,
+            estimate,
+            momentum,
+            start,
+            batch,
+            repeats,
         )
         return y, (saved,)
 
@@ -82,7 +100,7 @@ class Cpp(Eager):
         self,
         dy: Tensor,
         x: Tensor,
-        saved: List[Tensor],
+        saved: Sequence[Tensor],
         affine: Affine,
         rule: Rule,
         spec: Spec,
@@ -97,7 +115,8 @@ class Cpp(Eager):
     # -- the passes by themselves --------------------------------------------
 
     def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
-        return Moments(*_operators().moments(rows), far=False)
+        mean, var = _operators().moments(rows)
+        return Moments(mean, var, False)
 
     def _apply(
         self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor

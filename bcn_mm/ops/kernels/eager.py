@@ -7,7 +7,7 @@ the layout of ``x``. What a backend overrides is either the four functions or
 the passes that they are made of.
 """
 
-from typing import TYPE_CHECKING, Iterator, Optional, Tuple
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -136,11 +136,24 @@ class Eager:
     # -- the same in one call each, for those that are fused ----------------
 
     def forward(
-        self, x: Tensor, running: 'Running', rule: 'Rule', affine: Affine, spec: Spec
+        self,
+        x: Tensor,
+        running: 'Running',
+        rule: 'Rule',
+        affine: Affine,
+        spec: Spec,
+        batch: Optional[Tensor] = None,
+        repeats: bool = False,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         """``moments``, the move of the estimates and ``normalize``.
 
-        For a pass that is of this process alone, and repeats no other.
+        For a pass that is of this process alone.
+
+        Args:
+            batch (Tensor, optional): (2, C), float64: mean and 1 / std that the
+                batch stage normalizes with are written there.
+            repeats (bool): Whether they are read from there instead, and
+                nothing moves.
 
         Returns:
             tuple: y, and what :meth:`backward` needs beside x: at most 4
@@ -152,7 +165,7 @@ class Eager:
         self,
         dy: Tensor,
         x: Tensor,
-        saved: Tuple[Tensor, ...],
+        saved: Sequence[Tensor],
         affine: Affine,
         rule: 'Rule',
         spec: Spec,
