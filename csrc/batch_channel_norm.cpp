@@ -17,6 +17,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <atomic>
@@ -35,7 +36,12 @@
 namespace {
 
 using at::Tensor;
-using MaybeTensor = std::optional<Tensor>;
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 4
+template <class E> using Maybe = c10::optional<E>;
+#else
+template <class E> using Maybe = std::optional<E>;
+#endif
+using MaybeTensor = Maybe<Tensor>;
 
 typedef double Pair __attribute__((vector_size(16)));
 typedef double Quad __attribute__((vector_size(32)));
@@ -107,7 +113,11 @@ namespace avx512 {
 #endif
 
 const std::string& capability() {
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 1
+  static const std::string name = "DEFAULT";  // which does not say
+#else
   static const std::string name = at::get_cpu_capability();
+#endif
   return name;
 }
 
@@ -354,7 +364,7 @@ struct Rule {
 };
 
 Rule rule_of(
-    bool training, bool estimate, std::optional<double> momentum,
+    bool training, bool estimate, Maybe<double> momentum,
     const std::string& start, double eps, const MaybeTensor& passes) {
   Rule rule{training, estimate, eps};
   if (!training) return rule;
@@ -871,7 +881,7 @@ std::tuple<Tensor, Tensor> forward(
     const MaybeTensor& num_batches_tracked, const MaybeTensor& batch_weight,
     const MaybeTensor& batch_bias, const MaybeTensor& weight, const MaybeTensor& bias,
     int64_t num_groups, double eps, bool relu, bool training, bool estimate,
-    std::optional<double> momentum, c10::string_view start, const MaybeTensor& batch,
+    Maybe<double> momentum, std::string start, const MaybeTensor& batch,
     bool repeats) {
   const Shape s(x, num_groups);
   TORCH_CHECK(
@@ -883,7 +893,7 @@ std::tuple<Tensor, Tensor> forward(
   Tensor y = at::empty_like(x), saved = empty_saved(x);
   const bool moves = training && !repeats;
   const Rule rule = rule_of(
-      moves, estimate, momentum, std::string(start.data(), start.size()), eps,
+      moves, estimate, momentum, start, eps,
       num_batches_tracked);
   double* data = const_cast<double*>(data_of<double>(batch, 2 * s.channels));
   TORCH_CHECK(data || !repeats, "a pass that repeats another needs its batch");
@@ -1014,7 +1024,7 @@ namespace {
 std::tuple<Tensor, Tensor> fake_forward(
     const Tensor& x, const Tensor&, const Tensor&, const MaybeTensor&,
     const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
-    int64_t, double, bool, bool, bool, std::optional<double>, c10::string_view,
+    int64_t, double, bool, bool, bool, Maybe<double>, std::string,
     const MaybeTensor&, bool) {
   return {at::empty_like(x), empty_saved(x)};
 }

@@ -7,11 +7,11 @@ namespace {
 Shape filters(const Tensor& weight) {
   TORCH_CHECK(
       weight.dim() >= 2 && weight.numel() > 0 && weight.is_non_overlapping_and_dense() &&
-          weight.stride(0) == weight.numel() / weight.size(0),
+          (weight.size(0) == 1 || weight.stride(0) == weight.numel() / weight.size(0)),
       "expected a dense weight, filter after filter");
   return Shape(weight.as_strided(
       {1, weight.size(0), weight.numel() / weight.size(0)},
-      {weight.numel(), weight.stride(0), 1}), 1);
+      {weight.numel(), weight.numel() / weight.size(0), 1}), 1);
 }
 
 // w' = gain (w - mean), and what the gradient is made of: (3, out), mean, gain

@@ -76,13 +76,16 @@ def untraced(function: Callable) -> Callable:
     return function if TORCH >= (2, 6) else uncompiled(function)
 
 
+_autocast: Any = torch.is_autocast_enabled  # takes an argument since torch 2.4
+
+
 def is_autocast_enabled(device_type: str) -> bool:
     """Whether autocast is on for a type of device."""
     if TORCH >= (2, 4):
-        return torch.is_autocast_enabled(device_type)
+        return _autocast(device_type)
     if device_type == 'cpu':
         return torch.is_autocast_cpu_enabled()
-    return device_type == 'cuda' and torch.is_autocast_enabled()
+    return device_type == 'cuda' and _autocast()
 
 
 def _works(function: Callable) -> bool:

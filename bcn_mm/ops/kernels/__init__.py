@@ -83,8 +83,3 @@ def kernels_for(x: Tensor) -> Eager:
             f'BCN_MM_KERNELS={_choice} does not serve {x.dtype} on {x.device}'
         )
     return backend
-
-
-def is_native(x: Tensor) -> bool:
-    """Whether ``x`` may be given to what only the CPU does well."""
-    return isinstance(kernels_for(x), Native)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..estimates import Rule, Running, counted
+from ..layout import dense
 from ..stages import Affine, InputGradient, Moments, Spec
 from .eager import Eager
 
@@ -64,7 +65,7 @@ def operators() -> Optional[Any]:
 class Cpp(Eager):
     """Compiled for the CPU; see csrc/."""
 
-    fused = True
+    fused = on_cpu = True
 
     def serves(self, x: Tensor) -> bool:
         return x.is_cpu and x.dtype in _DTYPES and operators() is not None
@@ -111,6 +112,30 @@ class Cpp(Eager):
             dy, x, *saved, *affine, *spec, batch_statistics, needs_dx
         )
         return dx, Affine(*grads)
+
+    # -- weight standardization ----------------------------------------------
+
+    def standardize(
+        self, weight: Tensor, eps: float, unbiased: bool, under_root: bool
+    ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        work = dense(weight)  # filter after filter
+        result, saved = _operators().standardize(work, eps, unbiased, under_root)
+        if work is not weight:
+            result = torch.empty_like(weight).copy_(result)
+        return result, (saved,)
+
+    def standardize_backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        unbiased: bool,
+        under_root: bool,
+    ) -> Tensor:
+        weight = dense(weight)
+        if grad.stride() != weight.stride():
+            grad = torch.empty_like(weight).copy_(grad)
+        return _operators().standardize_backward(grad, weight, *saved)
 
     # -- the passes by themselves --------------------------------------------
 

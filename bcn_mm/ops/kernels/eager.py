@@ -33,6 +33,8 @@ class Eager:
     #: Whether ``forward`` and ``backward`` make a whole pass in one call, the
     #: algebra and the move of the estimates included (README.md).
     fused = False
+    #: Whether it is the CPU's own.
+    on_cpu = False
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}()'
@@ -180,6 +182,54 @@ class Eager:
             bias which is not given is given too where there is a weight.
         """
         raise NotImplementedError
+
+    # -- weight standardization ----------------------------------------------
+
+    def standardize(
+        self, weight: Tensor, eps: float, unbiased: bool, under_root: bool
+    ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        """Standardize every filter; see :func:`.standardize_weight`.
+
+        Args:
+            weight (Tensor): ``(out, ...)``, float32 or float64.
+            eps (float): Added to the variance or to its root.
+            unbiased (bool): Whether the variance is that of a sample.
+            under_root (bool): Whether eps is added to it, not to its root.
+
+        Returns:
+            tuple: the result, in the layout of ``weight``, and what
+            :meth:`standardize_backward` needs beside the weight.
+        """
+        axes, fan = tuple(range(1, weight.dim())), weight[0].numel()
+        var, mean = torch.var_mean(weight, axes, correction=int(unbiased), keepdim=True)
+        # the result is gain (w - mean), and slope / (fan - unbiased) is
+        # -2 times the derivative of gain by the sum of (w - mean)^2
+        if under_root:
+            gain = (var + eps).rsqrt()
+            slope = gain.pow(3)
+        else:
+            std = var.sqrt()
+            gain = (std + eps).reciprocal()
+            # a filter without variance has no direction to grow in
+            slope = (gain.square() / std).masked_fill(std == 0, 0)
+        result = (weight - mean).mul_(gain)
+        return result, (mean, gain, slope / (fan - unbiased))
+
+    def standardize_backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        unbiased: bool,
+        under_root: bool,
+    ) -> Tensor:
+        """The gradient of the weight."""
+        mean, gain, slope = saved
+        axes = tuple(range(1, weight.dim()))
+        centred = weight - mean
+        along = (grad * centred).sum(axes, keepdim=True)
+        grad = grad * gain - centred.mul_(slope * along)
+        return grad - grad.mean(axes, keepdim=True)
 
     # -- the passes ----------------------------------------------------------
 

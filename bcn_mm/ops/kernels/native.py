@@ -6,7 +6,7 @@ Where that loses accuracy, which takes a look at values, the few rows concerned
 are done again.
 """
 
-from typing import Iterator, Optional, Tuple
+from typing import Iterator, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,8 @@ _SHORT_ROW = 1 << 12
 
 class Native(Eager):
     """The CPU's own route."""
+
+    on_cpu = True
 
     def serves(self, x: Tensor) -> bool:
         half = x.dtype == torch.float16
@@ -121,6 +123,63 @@ class Native(Eager):
             d = flat(dy)[n, c].to(mean.dtype) - d_m
             flat(dx)[n, c] = torch.addcmul(part, d, d_a).to(dx.dtype)
         return dx
+
+    # Filters are the channels of a group norm with one channel per group. Its
+    # backward takes a mean, a 1 / std and a gain per filter as they come, so one
+    # call serves all dialects.
+
+    def standardize(
+        self, weight: Tensor, eps: float, unbiased: bool, under_root: bool
+    ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        given, weight = weight, weight.contiguous()
+        out, fan = weight.shape[0], weight[0].numel()
+        bessel = fan / (fan - 1) if unbiased else 1.0
+        if under_root:  # bessel * var + eps = bessel * (var + eps / bessel)
+            gain = weight.new_full((out,), bessel**-0.5)
+            floor = eps / bessel
+        else:  # keeps a constant filter finite; below any other's variance
+            gain = None
+            floor = 1e-36 if weight.dtype == torch.float64 else 1e-18
+        result, mean, inv_std = _aten.native_group_norm(
+            weight.view(1, out, fan), gain, None, 1, out, fan, out, floor
+        )
+        if gain is None:  # 1 / (sqrt(bessel) * std + eps) = gain / std
+            gain = (inv_std[0] * eps).add_(bessel**0.5).reciprocal_()
+            result.mul_(gain.view(out, 1))
+        result = _aten._unsafe_view(result, weight.shape)
+        if given is not weight:
+            result = torch.empty_like(given).copy_(result)
+        return result, (mean, inv_std, gain)
+
+    def standardize_backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        unbiased: bool,
+        under_root: bool,
+    ) -> Tensor:
+        mean, inv_std, gain = saved
+        out, fan = weight.shape[0], weight[0].numel()
+        if not under_root:
+            # the variance acts through std + eps, not through a root: the
+            # same gradient as with this 1 / std and gain of equal product
+            bessel = fan / (fan - 1) if unbiased else 1.0
+            ratio = (gain * bessel**0.5).sqrt_()
+            inv_std, gain = inv_std * ratio, gain / ratio
+        grad = _aten.native_group_norm_backward(
+            grad.contiguous().view(1, out, fan),
+            weight.contiguous().view(1, out, fan),
+            mean,
+            inv_std,
+            gain,
+            1,
+            out,
+            fan,
+            out,
+            [True, False, False],
+        )[0]
+        return grad.view(weight.shape)
 
 
 def _scale(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
