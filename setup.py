@@ -68,9 +68,17 @@ def kernels() -> dict:
             # as bcn_mm/ops/kernels/cpp.py looks for it
             return os.path.join(*folders, f'{name}-torch-{torch.__version__}.so')
 
+        # where nothing compiles, and where this does not
+
         def build_extensions(self):
+            self.attempt(super().build_extensions)
+
+        def build_extension(self, ext):
+            self.attempt(super().build_extension, ext)
+
+        def attempt(self, build, *args):
             try:
-                super().build_extensions()
+                build(*args)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 print(

@@ -948,17 +948,21 @@ Five backward(
 
 // The passes by themselves, (N, C) coefficients between them
 
+Tensor empty_rows(const Tensor& x) {
+  return at::empty({x.size(0), x.size(1)}, x.options().dtype(at::kDouble));
+}
+
 std::tuple<Tensor, Tensor> moments(const Tensor& x) {
   const Shape s(x, 1);
   const auto options = x.options().dtype(statistics_type(x));
-  Tensor exact = at::empty({2, s.samples, s.channels}, options.dtype(at::kDouble));
-  double* data = static_cast<double*>(exact.data_ptr());
+  Tensor mean = empty_rows(x), var = empty_rows(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
-    all_moments<T>(s, static_cast<const T*>(x.data_ptr()), data, data + s.rows());
+    all_moments<T>(
+        s, static_cast<const T*>(x.data_ptr()), static_cast<double*>(mean.data_ptr()),
+        static_cast<double*>(var.data_ptr()));
   });
-  exact = exact.to(options);
-  return {exact.select(0, 0), exact.select(0, 1)};
+  return {mean.to(options), var.to(options)};
 }
 
 Tensor apply(
@@ -979,18 +983,17 @@ Tensor apply(
 std::tuple<Tensor, Tensor> reduce(const Tensor& dy, const Tensor& x, const Tensor& mean) {
   const Shape s(x, 1);
   check_alike(dy, x);
-  Tensor exact = at::empty({2, s.samples, s.channels}, mean.options().dtype(at::kDouble));
-  double* data = static_cast<double*>(exact.data_ptr());
+  Tensor plain = empty_rows(x), centred = empty_rows(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
     const A* m = data_of<A>(mean, s.rows());
     all_sums<T>(
         s, static_cast<const T*>(dy.data_ptr()), static_cast<const T*>(x.data_ptr()),
-        false, m, m, m, data, data + s.rows());
+        false, m, m, m, static_cast<double*>(plain.data_ptr()),
+        static_cast<double*>(centred.data_ptr()));
   });
-  exact = exact.to(mean.options());
-  return {exact.select(0, 0), exact.select(0, 1)};
+  return {plain.to(mean.options()), centred.to(mean.options())};
 }
 
 Tensor apply_add(

@@ -141,6 +141,7 @@ PY
 # wanted: what is to be in VENV
 wanted() {
     cat "${LOCKS[@]}"
+    cat "$ROOT/setup.py" "$ROOT"/csrc/* | cksum # the kernels are compiled from these
     echo "$TORCH_SPEC $MMCV_SPEC $DEVICE"
 }
 

@@ -255,6 +255,32 @@ def test_planes_of_one_value_stay_planes_of_one_value(
 
 @every_backend
 @every_layout
+@every_case
+@both_stages
+def test_relu_inside_is_one_behind(kernels, dtype, layout, shape, far, estimate):
+    x = draw(shape, dtype, layout, FAR[dtype] if far else 1.0)
+    dy = torch.empty_like(x).copy_(torch.randn(x.shape))
+    *known, spec = operands(kernels, x, estimate)
+    plain, inside = (*known, spec), (*known, spec._replace(relu=True))
+    y = kernels.normalize(x, *plain)
+    # where rounding decides, the gradient may be that of either side
+    clear = torch.where(y.abs() > 1e-3, dy, 0)
+    assert torch.equal(kernels.normalize(x, *inside), y.relu())
+    masked = torch.where(y > 0, clear, 0)
+    want = kernels.backward_reduce(masked, x, *plain)
+    got = kernels.backward_reduce(clear, x, *inside)
+    tight = dict(rtol=1e-5, atol=1e-4 * max(1, dy.abs().max().item()))
+    torch.testing.assert_close(got.affine, want.affine, **tight)
+    torch.testing.assert_close(
+        kernels.backward_input(clear, x, got, *inside),
+        kernels.backward_input(masked, x, want, *plain),
+        rtol=4 * torch.finfo(dtype).eps,
+        atol=tight['atol'],
+    )
+
+
+@every_backend
+@every_layout
 @pytest.mark.parametrize('n', [1, 2])
 def test_results_are_no_views(kernels, dtype, layout, n):
     """An in-place ReLU follows."""
