@@ -120,6 +120,15 @@ INLINE VDouble through_relu(VDouble d, VDouble y) {
   return (VDouble)((VLongMask)d & ~(VLongMask)(y <= 0));
 }
 
+// v where left is above right, 0 elsewhere
+INLINE VFloat where_above(VFloat v, VFloat left, VFloat right) {
+  return (VFloat)((VMask)v & (VMask)(left > right));
+}
+
+INLINE VDouble where_above(VDouble v, VDouble left, VDouble right) {
+  return (VDouble)((VLongMask)v & (VLongMask)(left > right));
+}
+
 // -- the ends of rows --------------------------------------------------------
 
 // The last vector of n values. It overlaps the one before; where n < W there is
@@ -155,12 +164,12 @@ INLINE VDouble only_last(VDouble v, int64_t n) {
 
 // -- rows --------------------------------------------------------------------
 
-// Elements of a block: 8 KiB of float, read twice
-constexpr int64_t kBlock = 2048;
-
-// Values of a row that are summed about its first one. It is at most so many
-// variances away, of which a sum of squares loses no more than six bits.
-constexpr int64_t kShort = 64;
+// Elements of a block: a lane adds up 64 of them
+constexpr int64_t kBlock = 64 * U * W<float>;
+// Values are summed about the first one. A sum of squares about a centre that is
+// more than so many variances away loses more than two bits (of columns, four), and
+// is done again about the mean.
+constexpr int kFar = 4, kFarColumn = 16;
 
 // Count, mean, and sum of squares about it, of values that come in blocks
 struct Spread {
@@ -174,28 +183,15 @@ INLINE void merge(Spread& all, const Spread& more) {
   all.n += more.n;
 }
 
-// About a centre, the rounded mean, so that nothing cancels: values that are all
-// equal have exactly their value as mean, and no squares.
+// Values that are all equal have exactly their value as mean, and no squares.
 template <class T>
-INLINE Spread spread_of(const T* x, int64_t n, int64_t ahead) {
+INLINE Spread spread_about(const T* x, int64_t n, Acc<T> centre, bool& far) {
   constexpr int w = W<T>;
   const int64_t rest = n % w, whole = n - rest, unrolled = n - n % (U * w);
-  Acc<T> centre = static_cast<Acc<T>>(x[0]);
-  int64_t i = 0;
-  if (n > kShort) {
-    V<T> sum[U] = {};
-    for (; i < unrolled; i += U * w) {
-      for (int k = 0; k < U; ++k) sum[k] += load(x + i + k * w);
-    }
-    for (; i < whole; i += w) sum[0] += load(x + i);
-    if (rest) sum[1] += only_last(load_last(x, n), rest);
-    centre = static_cast<Acc<T>>(total(sum) / n);
-  }
-
   V<T> first[U] = {}, second[U] = {};
-  for (i = 0; i < unrolled; i += U * w) {
+  int64_t i = 0;
+  for (; i < unrolled; i += U * w) {
     for (int k = 0; k < U; ++k) {
-      if (ahead) __builtin_prefetch(x + i + k * w + ahead);
       const V<T> d = load(x + i + k * w) - centre;
       first[k] += d;
       second[k] += d * d;
@@ -213,19 +209,23 @@ INLINE Spread spread_of(const T* x, int64_t n, int64_t ahead) {
   }
   const double off = total(first) / n;
   const double squares = total(second) - off * off * n;
+  far = off * off * n > kFar * squares;
   return {static_cast<double>(n), centre + off, squares < 0 ? 0 : squares};
+}
+
+template <class T> INLINE Spread spread_of(const T* x, int64_t n) {
+  bool far;
+  const Spread s = spread_about(x, n, static_cast<Acc<T>>(x[0]), far);
+  return far ? spread_about(x, n, static_cast<Acc<T>>(s.mean), far) : s;
 }
 
 template <class T>
 TARGET void row_moments(
     const T* x, int64_t count, int64_t length, double* mean, double* var) {
   for (int64_t row = 0; row < count; ++row, x += length) {
-    const bool more = length > kBlock;
-    Spread all = spread_of(x, std::min(kBlock, length), more ? kBlock : 0);
-    for (int64_t i = kBlock; i < length; i += kBlock) {
-      const int64_t n = std::min(kBlock, length - i);
-      merge(all, spread_of(x + i, n, i + n < length ? kBlock : 0));
-    }
+    Spread all = spread_of(x, std::min(kBlock, length));
+    for (int64_t i = kBlock; i < length; i += kBlock)
+      merge(all, spread_of(x + i, std::min(kBlock, length - i)));
     mean[row] = all.mean;
     var[row] = all.squares / length;
   }
@@ -349,45 +349,67 @@ template <class T> INLINE void store_at(T* p, int64_t c, int64_t n, V<T> v) {
   else store(p + c, v);
 }
 
+// Positions of a block of columns, which one lane adds up
+INLINE int64_t positions_of(int64_t count) {
+  return std::min<int64_t>(64, std::max<int64_t>(1, 4 * kBlock / count));
+}
+
+// Of G vectors of columns from c on: about which centre they are summed, and the
+// sums of what they differ by and of its squares; likewise done again if far
+template <class T, int G>
+INLINE void column_spread(
+    const T* x, int64_t count, int64_t length, int64_t c, int64_t n, Acc<T>* centre,
+    Acc<T>* first, Acc<T>* second) {
+  constexpr int w = W<T>;
+  V<T> m[G], r[G], q[G];
+  for (int k = 0; k < G; ++k) m[k] = load_at(x, c + k * w, n);
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    for (int k = 0; k < G; ++k) r[k] = q[k] = V<T>{};
+    for (int64_t i = 0; i < length; ++i) {
+      for (int k = 0; k < G; ++k) {
+        const V<T> d = load_at(x + i * count, c + k * w, n) - m[k];
+        r[k] += d;
+        q[k] += d * d;
+      }
+    }
+    if (attempt) break;
+    // columns that are not far keep their centre, and so their sums
+    bool far = false;
+    for (int k = 0; k < G; ++k) {
+      const V<T> off = r[k] / static_cast<Acc<T>>(length), lost = off * r[k];
+      const V<T> step = where_above(off, lost, kFarColumn * (q[k] - lost));
+      m[k] += step;
+      for (int j = 0; j < w; ++j) far |= step[j] != 0;
+    }
+    if (!far) break;
+  }
+  for (int k = 0; k < G; ++k) {
+    store_at(centre, c + k * w, n, m[k]);
+    store_at(first, c + k * w, n, r[k]);
+    store_at(second, c + k * w, n, q[k]);
+  }
+}
+
 template <class T>
 TARGET void column_moments(
     const T* x, int64_t count, int64_t length, double* mean, double* var) {
   std::fill(mean, mean + count, 0.0);
   std::fill(var, var + count, 0.0);
-  const int64_t step = std::max<int64_t>(1, 2 * kBlock / count);
   std::vector<Acc<T>> centre(count), first(count), second(count);
+  const int64_t step = positions_of(count);
   for (int64_t start = 0; start < length; start += step) {
     const int64_t stop = std::min(step, length - start);
     const T* block = x + start * count;
-    for (int64_t c = 0; c < count; c += W<T>) {
-      const int64_t n = if_last<T>(c, count);
-      V<T> sum[2] = {};
-      int64_t i = 0;
-      for (; i + 2 <= stop; i += 2) {
-        sum[0] += load_at(block + i * count, c, n);
-        sum[1] += load_at(block + (i + 1) * count, c, n);
-      }
-      if (i < stop) sum[0] += load_at(block + i * count, c, n);
-      const V<T> m = (sum[0] + sum[1]) / static_cast<Acc<T>>(stop);
-      V<T> r[2] = {}, q[2] = {};
-      for (i = 0; i + 2 <= stop; i += 2) {
-        for (int k = 0; k < 2; ++k) {
-          const V<T> d = load_at(block + (i + k) * count, c, n) - m;
-          r[k] += d;
-          q[k] += d * d;
-        }
-      }
-      if (i < stop) {
-        const V<T> d = load_at(block + i * count, c, n) - m;
-        r[0] += d;
-        q[0] += d * d;
-      }
-      store_at(centre.data(), c, n, m);
-      store_at(first.data(), c, n, r[0] + r[1]);
-      store_at(second.data(), c, n, q[0] + q[1]);
-    }
+    int64_t c = 0;
+    for (; c + U * W<T> <= count; c += U * W<T>)
+      column_spread<T, U>(
+          block, count, stop, c, 0, centre.data(), first.data(), second.data());
+    for (; c < count; c += W<T>)
+      column_spread<T, 1>(
+          block, count, stop, c, if_last<T>(c, count), centre.data(), first.data(),
+          second.data());
     const double part = stop, share = part / (start + part), before = start;
-    for (int64_t c = 0; c < count; ++c) {
+    for (c = 0; c < count; ++c) {
       const double off = first[c] / part;
       const double squares = second[c] - off * off * part;
       const double delta = centre[c] + off - mean[c];
@@ -414,34 +436,54 @@ TARGET void column_apply(
   }
 }
 
+template <class T, bool relu, int G>
+INLINE void column_sums(
+    const T* dy, const T* x, int64_t count, int64_t length, int64_t c, int64_t n,
+    const Acc<T>* mean, const Acc<T>* scale, const Acc<T>* at_mean, Acc<T>* plain,
+    Acc<T>* centred) {
+  constexpr int w = W<T>;
+  V<T> m[G], a[G], b[G], sum[G], product[G];
+  for (int k = 0; k < G; ++k) {
+    m[k] = load_at(mean, c + k * w, n);
+    a[k] = relu ? load_at(scale, c + k * w, n) : V<T>{};
+    b[k] = relu ? load_at(at_mean, c + k * w, n) : V<T>{};
+    sum[k] = product[k] = V<T>{};
+  }
+  for (int64_t i = 0; i < length; ++i) {
+    for (int k = 0; k < G; ++k) {
+      const V<T> e = load_at(x + i * count, c + k * w, n) - m[k];
+      V<T> d = load_at(dy + i * count, c + k * w, n);
+      if (relu) d = through_relu(d, a[k] * e + b[k]);
+      sum[k] += d;
+      product[k] += d * e;
+    }
+  }
+  for (int k = 0; k < G; ++k) {
+    store_at(plain, c + k * w, n, sum[k]);
+    store_at(centred, c + k * w, n, product[k]);
+  }
+}
+
 template <class T, bool relu>
 TARGET void column_reduce(
     const T* dy, const T* x, int64_t count, int64_t length, const Acc<T>* mean,
     const Acc<T>* scale, const Acc<T>* at_mean, double* plain, double* centred) {
   std::fill(plain, plain + count, 0.0);
   std::fill(centred, centred + count, 0.0);
-  const int64_t step = std::max<int64_t>(1, 2 * kBlock / count);
   std::vector<Acc<T>> first(count), second(count);
+  const int64_t step = positions_of(count);
   for (int64_t start = 0; start < length; start += step) {
-    const int64_t stop = std::min(step, length - start), offset = start * count;
-    for (int64_t c = 0; c < count; c += W<T>) {
-      const int64_t n = if_last<T>(c, count);
-      const V<T> m = load_at(mean, c, n);
-      const V<T> a = relu ? load_at(scale, c, n) : V<T>{};
-      const V<T> b = relu ? load_at(at_mean, c, n) : V<T>{};
-      V<T> sum[2] = {}, product[2] = {};
-      int64_t i = 0;
-      for (; i < stop; ++i) {
-        const V<T> e = load_at(x + offset + i * count, c, n) - m;
-        V<T> d = load_at(dy + offset + i * count, c, n);
-        if (relu) d = through_relu(d, a * e + b);
-        sum[i & 1] += d;
-        product[i & 1] += d * e;
-      }
-      store_at(first.data(), c, n, sum[0] + sum[1]);
-      store_at(second.data(), c, n, product[0] + product[1]);
-    }
-    for (int64_t c = 0; c < count; ++c) {
+    const int64_t stop = std::min(step, length - start), at = start * count;
+    int64_t c = 0;
+    for (; c + U * W<T> <= count; c += U * W<T>)
+      column_sums<T, relu, U>(
+          dy + at, x + at, count, stop, c, 0, mean, scale, at_mean, first.data(),
+          second.data());
+    for (; c < count; c += W<T>)
+      column_sums<T, relu, 1>(
+          dy + at, x + at, count, stop, c, if_last<T>(c, count), mean, scale, at_mean,
+          first.data(), second.data());
+    for (c = 0; c < count; ++c) {
       plain[c] += first[c];
       centred[c] += second[c];
     }
