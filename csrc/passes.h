@@ -185,7 +185,8 @@ INLINE void merge(Spread& all, const Spread& more) {
 
 // Values that are all equal have exactly their value as mean, and no squares.
 template <class T>
-INLINE Spread spread_about(const T* x, int64_t n, Acc<T> centre, bool& far) {
+INLINE Spread spread_about(
+    const T* x, int64_t n, double share, Acc<T> centre, bool& far) {
   constexpr int w = W<T>;
   const int64_t rest = n % w, whole = n - rest, unrolled = n - n % (U * w);
   V<T> first[U] = {}, second[U] = {};
@@ -207,27 +208,34 @@ INLINE Spread spread_about(const T* x, int64_t n, Acc<T> centre, bool& far) {
     first[1] += d;
     second[1] += d * d;
   }
-  const double off = total(first) / n;
-  const double squares = total(second) - off * off * n;
-  far = off * off * n > kFar * squares;
+  const double sum = total(first), off = sum * share;
+  const double squares = total(second) - off * sum;
+  far = off * sum > kFar * squares;
   return {static_cast<double>(n), centre + off, squares < 0 ? 0 : squares};
 }
 
-template <class T> INLINE Spread spread_of(const T* x, int64_t n) {
+// `share` is 1 / n
+template <class T> INLINE Spread spread_of(const T* x, int64_t n, double share) {
   bool far;
-  const Spread s = spread_about(x, n, static_cast<Acc<T>>(x[0]), far);
-  return far ? spread_about(x, n, static_cast<Acc<T>>(s.mean), far) : s;
+  const Spread s = spread_about(x, n, share, static_cast<Acc<T>>(x[0]), far);
+  return __builtin_expect(far, 0)
+      ? spread_about(x, n, share, static_cast<Acc<T>>(s.mean), far)
+      : s;
 }
 
 template <class T>
 TARGET void row_moments(
     const T* x, int64_t count, int64_t length, double* mean, double* var) {
+  const int64_t block = std::min(kBlock, length);
+  const double share = 1.0 / block, of_all = 1.0 / length;
   for (int64_t row = 0; row < count; ++row, x += length) {
-    Spread all = spread_of(x, std::min(kBlock, length));
-    for (int64_t i = kBlock; i < length; i += kBlock)
-      merge(all, spread_of(x + i, std::min(kBlock, length - i)));
+    Spread all = spread_of(x, block, share);
+    for (int64_t i = block; i < length; i += block) {
+      const int64_t n = std::min(block, length - i);
+      merge(all, spread_of(x + i, n, n == block ? share : 1.0 / n));
+    }
     mean[row] = all.mean;
-    var[row] = all.squares / length;
+    var[row] = all.squares * of_all;
   }
 }
 
