@@ -38,7 +38,7 @@ def _offsets(n, c, first, C, L, LAST: tl.constexpr, BL: tl.constexpr):
     return ((n * C + c) * L)[:, None] + at[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['half', 'S'])
 def moments_kernel(
     x,
     parts,
@@ -101,7 +101,7 @@ def _gated(dy, x, scale, at_mean):
     return tl.where(y <= 0, 0.0, dy.to(tl.float32))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['half', 'R', 'S'])
 def reduce_kernel(
     dy,
     x,
@@ -150,7 +150,7 @@ def reduce_kernel(
     tl.store(out + half, tl.sum(moment, 1), mask=c_ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R', 'T'])
 def apply_kernel(
     x,
     y,
@@ -181,7 +181,7 @@ def apply_kernel(
     tl.store(y + tile, value.to(y.dtype.element_ty), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['R', 'T'])
 def gradient_kernel(
     dy,
     x,
@@ -250,7 +250,7 @@ def merged_sums(parts, half, row, ok, S, BS: tl.constexpr):
     return total, tl.sum(tl.load(at + half, mask=all_ok, other=0.0), 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=['half', 'R', 'L', 'S', 'chunk'])
 def merge_kernel(
     parts, stats, half, R, L, S, chunk, BN: tl.constexpr, BS: tl.constexpr
 ):

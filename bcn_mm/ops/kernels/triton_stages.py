@@ -138,7 +138,11 @@ def _lerp(old, value, rate):
     return tl.where(rate < 0.5, old + rate * step, value - step * (1 - rate))
 
 
-@triton.jit
+# not one variant for every property of a number: none is worth a compilation
+_NUMBERS = ['half', 'N', 'R', 'C', 'D', 'L', 'S', 'chunk', 'portion']
+
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def stages_kernel(
     parts,
     stats,
@@ -264,7 +268,7 @@ def _gradients(
     return row, ok, total, dz_sum, dz_moment, q, gain, factor, offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS[:-2])
 def gradients_kernel(
     parts,  # sums of dy and of dy (x - mean)
     stats,
