@@ -5,7 +5,8 @@ Three kernels make a forward pass and three a backward pass: sums of rows, the
 algebra between (triton_stages.py), and an affine of every element. What passes
 between them, of R = N C rows:
 
-- ``parts``: two values for each of the S chunks of a row, (2, R, S);
+- ``parts``: two values for each of the S chunks of a row, (2, R, S), and those of
+  the forward pass about a value of each row, (R), that comes after them;
 - ``stats``: mean and variance of rows and the batch stage's mean and 1 / std,
   2 R + 2 C values;
 - ``coef``: what rows are mapped with, 2 R values forward (scale, at_mean) and 4 R
@@ -54,7 +55,8 @@ def moments_kernel(
 ):
     """Mean and sum of squares about it, of chunks.
 
-    Welford's updates, each lane for itself; then lanes are merged.
+    Welford's updates, each lane for itself; then lanes are merged. All is about a
+    row's first value, so that no digits go to a mean that is far from 0.
     """
     n, c, c_ok, s = _place(C, S, BR)
     if passes is not None and tl.program_id(0) == 0:
@@ -65,12 +67,14 @@ def moments_kernel(
     if LAST:
         step = BL * C
     lane = tl.arange(0, BL)
+    shift = x + tl.sum(_offsets(n, c, 0, C, L, LAST, 1), 1)
+    shift = tl.load(shift, mask=c_ok, other=0.0).to(tl.float32)
     tile = x + _offsets(n, c, start, C, L, LAST, BL)
     mean = tl.zeros((BR, BL), tl.float32)
     square = tl.zeros((BR, BL), tl.float32)
     for i in range(0, tl.cdiv(length, BL).to(tl.int32)):
         ok = c_ok[:, None] & (i * BL + lane < length)[None, :]
-        value = tl.load(tile, mask=ok, other=0.0).to(tl.float32)
+        value = tl.load(tile, mask=ok, other=0.0).to(tl.float32) - shift[:, None]
         delta = tl.where(ok, value - mean, 0.0)
         mean += delta * (1.0 / (i + 1))
         square += delta * tl.where(ok, value - mean, 0.0)
@@ -86,9 +90,12 @@ def moments_kernel(
     # what rounding has left in the mean, which a small variance would feel
     rest = tl.sum(delta * weight, 1)
     square = tl.sum(square + delta * delta * count, 1) - rest * rest * length
-    out = parts + (n * C + c) * S + s
+    row = n * C + c
+    out = parts + row * S + s
     tl.store(out, centre + rest, mask=c_ok)
     tl.store(out + half, tl.where(square < 0, 0.0, square), mask=c_ok)
+    if s == 0:
+        tl.store(parts + 2 * half + row, shift, mask=c_ok)
 
 
 @triton.jit
@@ -238,7 +245,8 @@ def merged_moments(parts, half, row, ok, L, S, chunk, BS: tl.constexpr):
     delta = tl.where(all_ok, mean - centre[:, :, None], 0.0)
     rest = tl.sum(delta * count, 2) / L
     var = tl.sum(square + delta * delta * count, 2) / L - rest * rest
-    return centre + rest, tl.where(var < 0, 0.0, var)
+    shift = tl.load(parts + 2 * half + row, mask=ok, other=0.0)
+    return shift + (centre + rest), tl.where(var < 0, 0.0, var)
 
 
 @triton.jit

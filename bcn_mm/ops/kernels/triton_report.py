@@ -38,6 +38,7 @@ class Launch(NamedTuple):
     signature: Dict[str, str]
     constants: Dict[str, Any]
     multiples: Tuple[str, ...]  # arguments that 16 divides
+    options: Dict[str, Any]
 
 
 class Usage(NamedTuple):
@@ -57,12 +58,17 @@ class _Recorder:
 
     def _call(self, *args: Any, **kwargs: Any) -> None:
         kernel = self._kernel
+        options = {k: kwargs.pop(k) for k in backend._OPTIONS}
         given = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
         signature, constants, multiples = {}, {}, []
         for parameter in kernel.params:
             name, value = parameter.name, given[parameter.name]
             special = not parameter.do_not_specialize
-            if parameter.is_constexpr or value is None or (special and value is 1):  # noqa: F632
+            if (
+                parameter.is_constexpr
+                or value is None
+                or (special and isinstance(value, int) and value == 1)
+            ):
                 signature[name], constants[name] = 'constexpr', value
                 continue
             signature[name] = _type_of(value)
@@ -70,7 +76,7 @@ class _Recorder:
                 multiples.append(name)  # as all that torch allocates
             elif special and isinstance(value, int) and value % 16 == 0:
                 multiples.append(name)
-        launch = Launch(kernel, signature, constants, tuple(multiples))
+        launch = Launch(kernel, signature, constants, tuple(multiples), options)
         if launch not in self._launches:
             self._launches.append(launch)
 
@@ -104,9 +110,7 @@ def launches(
         for name, kernel in vars(backend._kernels()).items()
     }
     like: Any = dict(device='meta')
-    memory_format = (
-        torch.channels_last if channels_last else torch.contiguous_format
-    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, memory_format=memory_format, **like)
     channels = torch.empty(shape[1], **like)
     per_group = torch.empty(groups, **like)
@@ -127,12 +131,12 @@ def compiled(launch: Launch, card: int) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constants, multiples = launch
+    kernel, signature, constants, multiples, options = launch
     attributes = {
         (kernel.arg_names.index(name),): [['tt.divisibility', 16]] for name in multiples
     }
     source = ASTSource(kernel, signature, constants, attributes)
-    done = triton.compile(source, target=GPUTarget('cuda', card, 32))
+    done = triton.compile(source, target=GPUTarget('cuda', card, 32), options=options)
     registers, spills = _resources(done.asm['ptx'], done.asm['cubin'])
     return Usage(registers, spills, done.metadata.shared)
 

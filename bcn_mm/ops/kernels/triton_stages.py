@@ -82,6 +82,7 @@ def _batch_statistics(
     d = d0 + tl.arange(0, BD)
     channel = c0 + d
     first = tl.load(parts + channel * S, mask=d < D, other=0.0)
+    first += tl.load(parts + 2 * half + channel, mask=d < D, other=0.0)
     about = first
     if ESTIMATE:
         about = tl.load(running_mean + channel, mask=d < D, other=0.0).to(tl.float32)
