@@ -9,7 +9,6 @@ import inspect
 import re
 import subprocess
 import tempfile
-from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 from unittest import mock
 
@@ -45,7 +44,7 @@ class Usage(NamedTuple):
     """What a thread and a block take of a multiprocessor."""
 
     registers: int
-    spills: int  # bytes stored and loaded
+    spills: int  # bytes of stack, which nothing else needs
     shared: int  # bytes
 
 
@@ -137,26 +136,21 @@ def compiled(launch: Launch, card: int) -> Usage:
     }
     source = ASTSource(kernel, signature, constants, attributes)
     done = triton.compile(source, target=GPUTarget('cuda', card, 32), options=options)
-    registers, spills = _resources(done.asm['ptx'], done.asm['cubin'])
+    registers, spills = _resources(done.asm['cubin'])
     return Usage(registers, spills, done.metadata.shared)
 
 
-def _resources(ptx: str, cubin: bytes) -> Tuple[int, int]:
-    """Registers and spilled bytes, by the assembler that Triton brings."""
+def _resources(cubin: bytes) -> Tuple[int, int]:
+    """Registers of a thread and its bytes of stack, where spilled ones go."""
     from triton import knobs
 
-    target = re.findall(r'^\.target (\w+)', ptx, re.MULTILINE)[0]
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, 'kernel.ptx')
-        source.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, '-v', '--regAllocOptLevel=2']
-        command += [f'--gpu-name={target}', str(source), '-o', str(source) + '.o']
-        said = subprocess.run(
-            command, check=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        ).stdout.decode()
-    spills = re.findall(r'(\d+) bytes spill', said)
-    (registers,) = re.findall(r'Used (\d+) registers', said)
-    return int(registers), sum(map(int, spills))
+    with tempfile.NamedTemporaryFile(suffix='.cubin') as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, '-res-usage', file.name]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
+    ((registers, stack),) = re.findall(r'REG:(\d+) STACK:(\d+)', said.decode())
+    return int(registers), int(stack)
 
 
 def rows(names: Tuple[str, ...], cards: Tuple[int, ...]) -> Iterator[Tuple]:
