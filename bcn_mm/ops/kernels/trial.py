@@ -72,7 +72,8 @@ def _difference(
     known = moments, batch, affine, spec
     y = plain.normalize(x, *known)
     # where rounding decides about the ReLU, nothing comes back
-    dy.mul_(y.abs() > 1e-2)
+    linear = plain.normalize(x, *known[:-1], spec._replace(relu=False))
+    dy.mul_(linear.abs() > 1e-2)
     sums = plain.backward_reduce(dy, x, *known)
     dx = plain.backward_input(dy, x, sums, *known)
     want = (y, dx, *sums.affine, *running)

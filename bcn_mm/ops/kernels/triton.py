@@ -270,7 +270,8 @@ class Triton(Eager):
             kernels.merge_kernel[(_ceil(cut.rows, tile['BN']),)](
                 parts, stats, *numbers, tile['BN'], tile['BS'], **_ALGEBRA
             )
-        return Moments(*stats.unbind())
+        mean, var = stats.unbind()
+        return Moments(mean, var)
 
     def normalize(
         self,

@@ -105,7 +105,7 @@ def _gated(dy, x, scale, at_mean):
     The result that it was of had been rounded to its dtype.
     """
     y = (x * scale + at_mean).to(dy.dtype)
-    return tl.where(y <= 0, 0.0, dy.to(tl.float32))
+    return tl.where(y.to(tl.float32) <= 0, 0.0, dy.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=['half', 'R', 'S'])
