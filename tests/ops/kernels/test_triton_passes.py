@@ -25,10 +25,10 @@ if os.environ.get('TRITON_INTERPRET') != '1':
         'test_triton.py runs it with TRITON_INTERPRET=1', allow_module_level=True
     )
 
-import triton as library  # noqa: E402
-import triton.language as tl  # noqa: E402
+import triton as library
+import triton.language as tl
 
-from bcn_mm.ops.kernels.triton_kernels import _offsets  # noqa: E402
+from bcn_mm.ops.kernels.triton_kernels import _offsets
 
 KERNELS = BACKENDS['triton']
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
