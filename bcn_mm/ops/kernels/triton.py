@@ -11,7 +11,7 @@ import os
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, ContextManager, Dict, NamedTuple, Optional, Tuple
+from typing import Any, ContextManager, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -177,6 +177,8 @@ class Triton(Eager):
         rule: estimates.Rule,
         affine: Affine,
         spec: Spec,
+        batch: Optional[Tensor] = None,
+        repeats: bool = False,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         cut, groups, kernels = _plan_of(x), spec.num_groups, _kernels()
         n, c = x.shape[:2]
@@ -185,25 +187,26 @@ class Triton(Eager):
         stats = x.new_empty(2 * cut.rows + 2 * c, dtype=torch.float32)
         coef = x.new_empty(2 * cut.rows, dtype=torch.float32)
         y = torch.empty_like(x)
-        passes, start = _passes(x, running, rule)
+        moves = rule.training and not repeats
+        passes, start = _passes(x, running, rule) if moves else (None, 'identity')
         mean, var = running.mean.contiguous(), running.var.contiguous()
         unbiased = 1.0 if rule.estimate else cut.values / max(cut.values - 1, 1)
         # where estimates move, all samples of a group are one program's
-        portion = n if rule.training else tile['BN']
+        portion = n if moves else tile['BN']
         with _on_device_of(x):
             kernels.moments_kernel[cut.grid_of_chunks](
                 x, parts, passes, cut.half, *cut.chunked, **_OPTIONS
             )
-            buffers = mean, var, passes, *_contiguous(affine)
+            tensors = mean, var, passes, *_contiguous(affine), batch
             numbers = portion, float(rule.momentum or 0), unbiased, float(rule.eps)
-            how = rule.training, rule.estimate, start
+            how = moves, rule.estimate, start, repeats
             kernels.stages_kernel[(groups * _ceil(n, portion),)](
-                parts, stats, coef, *buffers, *sizes, *numbers, *how, **tile, **_ALGEBRA
+                parts, stats, coef, *tensors, *sizes, *numbers, *how, **tile, **_ALGEBRA
             )
             kernels.apply_kernel[cut.grid_of_tiles](
                 x, y, stats, coef, cut.rows, *cut.tiled, spec.relu, **_OPTIONS
             )
-        if rule.training:
+        if moves:
             for buffer, moved in zip(running[:2], (mean, var)):
                 if moved is not buffer:
                     buffer.copy_(moved)
@@ -213,7 +216,7 @@ class Triton(Eager):
         self,
         dy: Tensor,
         x: Tensor,
-        saved: Tuple[Tensor, ...],
+        saved: Sequence[Tensor],
         affine: Affine,
         rule: estimates.Rule,
         spec: Spec,
@@ -375,8 +378,6 @@ def _passes(
 ) -> Tuple[Optional[Tensor], str]:
     """The counter of training passes, for the kernels to move, and the start."""
     passes, start = running.num_batches_tracked, rule.start
-    if not rule.training:
-        return None, 'identity'
     if passes is None:
         # which says what is missing, if it is needed
         estimates._rate(rule.momentum, start, None, torch.float32)

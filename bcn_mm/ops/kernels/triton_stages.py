@@ -155,6 +155,7 @@ def stages_kernel(
     batch_bias,
     weight,
     bias,
+    batch,  # what a repetition is to normalize with, (2, C), or None
     half,
     N,
     R,
@@ -170,6 +171,7 @@ def stages_kernel(
     TRAINING: tl.constexpr,
     ESTIMATE: tl.constexpr,
     START: tl.constexpr,
+    REPEATS: tl.constexpr,  # whether this is that repetition
     BN: tl.constexpr,
     BD: tl.constexpr,
     BS: tl.constexpr,
@@ -216,8 +218,16 @@ def stages_kernel(
         if ESTIMATE or not TRAINING:
             mean = new_mean.to(tl.float32)
             var = new_var.to(tl.float32)
+        inv_std = tl.rsqrt(var + eps)
+        if batch is not None:
+            if REPEATS:
+                mean = tl.load(batch + c, mask=c_ok, other=0.0).to(tl.float32)
+                inv_std = tl.load(batch + C + c, mask=c_ok, other=0.0).to(tl.float32)
+            else:
+                tl.store(batch + c, mean.to(tl.float64), mask=c_ok)
+                tl.store(batch + C + c, inv_std.to(tl.float64), mask=c_ok)
         tl.store(stats + 2 * R + c, mean, mask=c_ok)
-        tl.store(stats + 2 * R + C + c, tl.rsqrt(var + eps), mask=c_ok)
+        tl.store(stats + 2 * R + C + c, inv_std, mask=c_ok)
     tl.debug_barrier()
     gain_of_group = 1.0
     shift = 0.0

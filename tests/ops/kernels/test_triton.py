@@ -41,10 +41,12 @@ def interpreted(python):
     return run
 
 
+@pytest.mark.slow
 def test_whole_passes(interpreted):
     assert interpreted('test_triton_passes.py') > 100
 
 
+@pytest.mark.slow
 def test_the_contract(interpreted):
     """...but for portions, which it has not, and what bfloat16 is rounded to.
 

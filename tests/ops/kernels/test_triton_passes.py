@@ -128,12 +128,18 @@ def check(case, training, estimate, relu, slack=1e-5):
     [
         ((2, 6, 5, 7), 3),
         ((1, 4, 39, 41), 2),  # rows of several chunks
-        ((3, 70, 3, 2), 1),  # a group of several tiles of channels
-        ((70, 16, 2, 1), 1),  # and of samples
     ],
 )
 def test_passes_are_the_definition(layout, estimate, training, relu, shape, groups):
     check(Case(shape, groups, layout=layout), training, estimate, relu)
+
+
+@every_layout
+@both_stages
+@pytest.mark.parametrize('shape', [(3, 70, 3, 2), (70, 16, 2, 1)])
+def test_a_group_of_several_tiles(layout, estimate, shape):
+    """...of channels, or of samples."""
+    check(Case(shape, 1, layout=layout), True, estimate, False)
 
 
 @both_stages
@@ -221,6 +227,25 @@ def test_estimates_of_another_dtype_and_layout(estimate, dtype):
     slack = 1e-2 if dtype == torch.float16 else 1e-6
     close(y, want, slack)
     close(buffers, torch.stack(moved, 1), slack)
+
+
+@both_stages
+@pytest.mark.parametrize('training', [True, False])
+def test_a_repetition_sees_what_its_first_run_saw(estimate, training):
+    case, spec = Case((3, 4, 3, 5), 2), Spec(2, 1e-5)
+    rule = Rule(training, estimate, 0.25, 'first', 1e-5)
+    running, batch = case.running(), torch.empty(2, 4, dtype=torch.float64)
+    known = case.x, running, rule, case.affine, spec
+    y, saved = KERNELS.forward(*known, batch, False)
+    plain, _ = KERNELS.forward(case.x, case.running(), rule, case.affine, spec)
+    assert torch.equal(y, plain)
+    moved = [t.clone() for t in running]
+    KERNELS.forward(*known)
+    later = [t.clone() for t in running]
+    again, saved_again = KERNELS.forward(*known, batch, True)
+    assert torch.equal(again, y) and torch.equal(saved_again[0], saved[0])
+    assert all(map(torch.equal, running, later))
+    assert torch.equal(moved[0], later[0]) != training
 
 
 @both_stages
