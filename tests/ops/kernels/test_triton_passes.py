@@ -233,7 +233,7 @@ def test_estimates_of_another_dtype_and_layout(estimate, dtype):
 @pytest.mark.parametrize('training', [True, False])
 def test_a_repetition_sees_what_its_first_run_saw(estimate, training):
     case, spec = Case((3, 4, 3, 5), 2), Spec(2, 1e-5)
-    rule = Rule(training, estimate, 0.25, 'first', 1e-5)
+    rule = Rule(training, estimate, 0.25, 'identity', 1e-5)
     running, batch = case.running(), torch.empty(2, 4, dtype=torch.float64)
     known = case.x, running, rule, case.affine, spec
     y, saved = KERNELS.forward(*known, batch, False)
