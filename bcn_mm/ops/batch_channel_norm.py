@@ -335,11 +335,6 @@ class _Fused(torch.autograd.Function):
         x, batch_weight, batch_bias, weight, bias, *saved = ctx.saved_tensors
         affine = Affine(batch_weight, batch_bias, weight, bias)
         dx, grads = ctx.kernels.backward(
-            in_layout_of(dy, x),
-            x,
-            saved,
-            affine,
-            *ctx.settings,
-            ctx.needs_input_grad[0],
+            in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
         )
         return (dx, *grads, *[None] * 4)

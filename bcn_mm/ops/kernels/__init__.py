@@ -21,6 +21,7 @@ from .triton import Triton
 #: What may be chosen, best first; ``auto`` takes the first that serves.
 BACKENDS = {'native': Native(), 'triton': Triton(), 'eager': Eager()}
 CHOICES = ('auto', *BACKENDS)
+_BEST_FIRST = tuple(BACKENDS.values())
 _EMPTY, _FUNCTIONAL = Empty(), Functional()
 _said: Set[str] = set()  # what has been warned of
 
@@ -87,7 +88,7 @@ def kernels_for(x: Tensor) -> Eager:
 
 
 def _best(x: Tensor) -> Eager:
-    for backend in BACKENDS.values():
+    for backend in _BEST_FIRST:
         objection = backend.objection(x)
         if not objection and backend.serves(x):
             return backend

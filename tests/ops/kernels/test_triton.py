@@ -222,7 +222,9 @@ def alone(monkeypatch):
     """``auto`` between a Triton that takes the CPU's tensors and the plain path."""
     fresh = triton.Triton()
     monkeypatch.setattr(triton, '_interprets', lambda: True)
-    monkeypatch.setattr(kernels, 'BACKENDS', {'triton': fresh, 'eager': eager.Eager()})
+    known = {'triton': fresh, 'eager': eager.Eager()}
+    monkeypatch.setattr(kernels, 'BACKENDS', known)
+    monkeypatch.setattr(kernels, '_BEST_FIRST', tuple(known.values()))
     monkeypatch.setattr(kernels, '_said', set())
     triton._kernels.cache_clear()
     yield fresh
