@@ -100,7 +100,7 @@ def group_plan(cut: Plan, depth: int) -> GroupPlan:
     c, length, chunks, chunk = cut.chunked[:4]
     n, bs = cut.rows // c, _power(chunks)
     bd = min(_power(depth), 64, max(1, _ROWS // bs))
-    bn = min(_power(n), max(1, _ROWS // (bs * bd)))
+    bn = min(_power(n), 256, max(1, _ROWS // (bs * bd)))
     sizes = cut.half, n, cut.rows, c, depth, length, chunks, chunk
     return GroupPlan(sizes, dict(BN=bn, BD=bd, BS=bs))
 

@@ -26,6 +26,7 @@ INPUTS: Dict[str, Tuple[Tuple[int, ...], torch.dtype, bool, bool, bool, int]] = 
     'channels-last': ((2, 256, 200, 304), torch.float16, True, True, False, 32),
     'RoI': ((512, 256, 7, 7), torch.float32, False, True, True, 32),
     'classifier': ((64, 64, 56, 56), torch.bfloat16, True, False, True, 32),
+    'instances': ((1024, 32, 9, 11), torch.float32, False, False, False, 32),
     'pooled': ((2, 512, 1, 1), torch.float32, False, False, False, 1),
 }
 
