@@ -6,7 +6,6 @@ the results are held against those of ordinary operators.
 """
 
 import functools
-import importlib
 import os
 import threading
 from contextlib import nullcontext
@@ -210,6 +209,7 @@ class Triton(Eager):
             for buffer, moved in zip(running[:2], (mean, var)):
                 if moved is not buffer:
                     buffer.copy_(moved)
+            _written(*running)
         return y, (stats, coef) if spec.relu else (stats,)
 
     def backward(
@@ -339,17 +339,11 @@ class Triton(Eager):
 
 @functools.lru_cache(maxsize=None)
 def _kernels() -> Any:
-    """The modules that need Triton; raises whatever its import raises."""
-    return SimpleNamespace(
-        **{
-            name: kernel
-            for module in ('.triton_kernels', '.triton_stages')
-            for name, kernel in vars(
-                importlib.import_module(module, __package__)
-            ).items()
-            if name.endswith('_kernel')
-        }
-    )
+    """What needs Triton; raises whatever its import raises."""
+    from . import triton_kernels, triton_stages
+
+    found = {**vars(triton_kernels), **vars(triton_stages)}
+    return SimpleNamespace(**{k: v for k, v in found.items() if k.endswith('_kernel')})
 
 
 def _interprets() -> bool:
@@ -358,6 +352,13 @@ def _interprets() -> bool:
         os.environ.get('TRITON_INTERPRET') == '1'
         and os.environ.get('BCN_MM_KERNELS') == 'triton'
     )
+
+
+def _written(*buffers: Optional[Tensor]) -> None:
+    """Tell autograd, which does not see that kernels write."""
+    for t in buffers:
+        if t is not None and not t.is_inference():
+            torch.autograd.graph.increment_version(t)
 
 
 def _contiguous(affine: Affine) -> Tuple[Optional[Tensor], ...]:

@@ -9,7 +9,7 @@ import inspect
 import re
 import subprocess
 import tempfile
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Tuple
 from unittest import mock
 
 import torch
@@ -50,7 +50,7 @@ class Usage(NamedTuple):
 
 
 class _Recorder:
-    def __init__(self, name: str, kernel: Any, launches: List[Launch]) -> None:
+    def __init__(self, kernel: Any, launches: List[Launch]) -> None:
         self._kernel, self._launches = kernel, launches
 
     def __getitem__(self, grid: Tuple[int, ...]) -> Any:
@@ -87,12 +87,25 @@ def _type_of(value: Any) -> str:
             torch.float32: 'fp32',
             torch.float16: 'fp16',
             torch.bfloat16: 'bf16',
+            torch.float64: 'fp64',
             torch.int64: 'i64',
         }
         return '*' + short[value.dtype]
     if isinstance(value, float):
         return 'fp32'
     return 'i32' if value < 1 << 31 else 'i64'
+
+
+def recorded(call: Callable[[backend.Triton], Any]) -> List[Launch]:
+    """What would be launched in a call; tensors may be on the device meta."""
+    found: List[Launch] = []
+    kernels = {
+        name: _Recorder(kernel, found)
+        for name, kernel in vars(backend._kernels()).items()
+    }
+    with mock.patch.object(backend, '_kernels', lambda: mock.Mock(**kernels)):
+        call(backend.Triton())
+    return found
 
 
 def launches(
@@ -104,11 +117,6 @@ def launches(
     groups: int,
 ) -> List[Launch]:
     """What a training pass over such an input launches, forward and back."""
-    found: List[Launch] = []
-    kernels = {
-        name: _Recorder(name, kernel, found)
-        for name, kernel in vars(backend._kernels()).items()
-    }
     like: Any = dict(device='meta')
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, memory_format=memory_format, **like)
@@ -118,11 +126,12 @@ def launches(
     count = torch.empty((), dtype=torch.int64, **like)
     running = Running(channels, channels, count)
     rule, spec = Rule(True, estimate, 0.01, 'average', 1e-5), Spec(groups, 1e-5, relu)
-    passes = backend.Triton()
-    with mock.patch.object(backend, '_kernels', lambda: mock.Mock(**kernels)):
+
+    def both(passes: backend.Triton) -> None:
         y, saved = passes.forward(x, running, rule, affine, spec)
         passes.backward(y, x, saved, affine, rule, spec, True)
-    return found
+
+    return recorded(both)
 
 
 def compiled(launch: Launch, card: int) -> Usage:

@@ -282,6 +282,15 @@ def test_faults_end_in_the_plain_path(alone, monkeypatch, fault, why):
         batch_channel_norm(x, 2, training=True, **known)
 
 
+def test_autograd_knows_that_estimates_move(launched):
+    known = {k: t.float() for k, t in operands(4, 2).items()}
+    leaf = torch.randn(4, requires_grad=True)
+    loss = (leaf * known['running_mean']).sum()
+    batch_channel_norm(torch.randn(2, 4, 3, 3), 2, training=True, **known)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
 def test_another_dtype_is_not_tried(alone, monkeypatch):
     that_raises(monkeypatch)
     x = torch.randn(2, 4, 3, 3).double()

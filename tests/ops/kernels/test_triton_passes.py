@@ -168,7 +168,7 @@ def test_half_precision_is_read_as_it_is(layout, estimate, dtype, mean):
     check(case, True, estimate, True, 1e-4)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     shape=st.tuples(
         st.integers(1, 4), st.integers(1, 9), st.integers(1, 9), st.integers(1, 9)
@@ -299,7 +299,7 @@ def test_variance_of_large_means(layout, ratio, error):
 
 @every_layout
 def test_equal_passes_give_equal_bits(layout):
-    case = Case((2, 6, 30, 41), 3, layout=layout)
+    case = Case((2, 2, 30, 41), 1, layout=layout)
     first, second = (passes(case, True, False, True) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1]))
