@@ -1,5 +1,8 @@
 """Whether a fused backend agrees with the plain path, on small random tensors."""
 
+from contextlib import contextmanager
+from typing import Any, Iterator
+
 import torch
 from torch import Tensor
 
@@ -25,7 +28,7 @@ def disagreement(kernels: Eager, device: torch.device, dtype: torch.dtype) -> st
     """
     where = f'for {dtype} on {device}'
     try:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        with torch.no_grad(), _plainly(device):
             for trial in _TRIALS:
                 what = _difference(kernels, device, dtype, *trial)
                 if what:
@@ -33,6 +36,21 @@ def disagreement(kernels: Eager, device: torch.device, dtype: torch.dtype) -> st
     except Exception as error:  # compilers and drivers raise what they like
         return f'{kernels!r} fails {where}: {said(error)}'
     return ''
+
+
+@contextmanager
+def _plainly(device: torch.device) -> Iterator[None]:
+    """Without autocast, and where results may be waited for."""
+    mode = 0
+    if device.type == 'cuda':
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode(0)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if mode:
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def _difference(
@@ -46,10 +64,11 @@ def _difference(
     memory_format: torch.memory_format,
 ) -> str:
     # of its own, so that nobody's random numbers are others
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator('cpu').manual_seed(0)
+    like: Any = dict(generator=generator, device='cpu', dtype=torch.float32)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device='cpu').to(device)
+        return torch.randn(shape, **like).to(device)
 
     def large() -> Tensor:
         return draw(*_SHAPE).to(dtype).contiguous(memory_format=memory_format)

@@ -6,7 +6,10 @@ Triton is imported, so in processes of their own.
 
 import re
 import sys
+import time
+import types
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -280,6 +283,29 @@ def test_faults_end_in_the_plain_path(alone, monkeypatch, fault, why):
     assert torch.equal(torch.get_rng_state(), state)
     with kernels.using('triton'), pytest.raises(RuntimeError, match=why):
         batch_channel_norm(x, 2, training=True, **known)
+
+
+def test_is_tried_once_and_not_while_a_graph_is_captured(monkeypatch):
+    tried, capturing = [], True
+
+    def disagreement(*where):
+        time.sleep(0.05)
+        tried.append(where)
+        return ''
+
+    monkeypatch.setattr(triton, 'disagreement', disagreement)
+    monkeypatch.setattr(triton.Triton, '_could', staticmethod(lambda x: True))
+    monkeypatch.setattr(triton.Triton, 'missing', lambda self: '')
+    monkeypatch.setattr(torch.cuda, 'is_current_stream_capturing', lambda: capturing)
+    backend = triton.Triton()
+    x = types.SimpleNamespace(is_cuda=True, device='cuda:0', dtype=torch.float32)
+    assert 'the capture of a CUDA graph' in backend.objection(x)
+    capturing = False
+    with ThreadPoolExecutor(8) as threads:
+        assert set(threads.map(backend.objection, [x] * 8)) == {''}
+    capturing = True
+    assert backend.objection(x) == ''
+    assert tried == [(backend, 'cuda:0', torch.float32)]
 
 
 def test_autograd_knows_that_estimates_move(launched):
