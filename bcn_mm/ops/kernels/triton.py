@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import estimates, stages
+from .._compat import increment_version
 from ..stages import Affine, Batch, Moments, Spec, Sums
 from .eager import Eager
 from .trial import disagreement, said
@@ -358,7 +359,7 @@ def _written(*buffers: Optional[Tensor]) -> None:
     """Tell autograd, which does not see that kernels write."""
     for t in buffers:
         if t is not None and not t.is_inference():
-            torch.autograd.graph.increment_version(t)
+            increment_version(t)
 
 
 def _contiguous(affine: Affine) -> Tuple[Optional[Tensor], ...]:

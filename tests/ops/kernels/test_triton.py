@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import needs_torch
 from support.operands import AFFINE, LAYOUTS, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -308,6 +309,7 @@ def test_is_tried_once_and_not_while_a_graph_is_captured(monkeypatch):
     assert tried == [(backend, 'cuda:0', torch.float32)]
 
 
+@needs_torch(2, 1, 'to be told of writes')
 def test_autograd_knows_that_estimates_move(launched):
     known = {k: t.float() for k, t in operands(4, 2).items()}
     leaf = torch.randn(4, requires_grad=True)
