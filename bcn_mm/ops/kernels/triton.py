@@ -164,7 +164,7 @@ class Triton(Eager):
             try:
                 _kernels()
                 self._missing = ''
-            except Exception as error:  # a broken one raises what it likes
+            except Exception as error:  # a broken one raises anything
                 self._missing = f'Triton cannot be imported: {said(error)}'
         return self._missing
 
@@ -224,8 +224,7 @@ class Triton(Eager):
         needs_dx: bool,
     ) -> Tuple[Optional[Tensor], Affine]:
         cut, groups, kernels = _plan_of(x), spec.num_groups, _kernels()
-        n, c = x.shape[:2]
-        sizes, tile = group_plan(cut, c // groups)
+        (n, c), (sizes, tile) = x.shape[:2], group_plan(cut, x.shape[1] // groups)
         stats, gate = saved if spec.relu else (*saved, None)
         parts = x.new_empty(2 * cut.half, dtype=torch.float32)
         of_groups = x.new_empty(4 * n * groups, dtype=torch.float32)

@@ -1,7 +1,8 @@
 """What the Triton kernels become on a card, without one.
 
 ``python -m bcn_mm.ops.kernels.triton_report`` compiles what passes over a few
-inputs would launch, and prints a table of registers, spills and shared memory.
+inputs would launch, and prints a table of registers, spills and shared memory,
+which docs/notes/kernels.md has.
 """
 
 import argparse
