@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN, WSConv2d
 from bcn_mm.ops import DIALECTS, standardize_weight
+from bcn_mm.ops.kernels import BACKENDS, kernels_for
 
 pytestmark = pytest.mark.gpu
 
@@ -97,6 +98,39 @@ def test_agrees_with_the_definition(estimate, training, dtype, layout, shape, of
             close(a, b, dtype, 4)
     for a, b in ((layer.running_mean, mean), (layer.running_var, var)):
         close(a, b, torch.float32 if low else dtype)
+
+
+@pytest.mark.parametrize('dtype', [d for d in ERROR if d != torch.float64])
+def test_triton_agrees_and_is_taken(dtype):
+    x = torch.randn(2, 8, 5, 5, device=CUDA).to(dtype)
+    triton = BACKENDS['triton']
+    assert not triton.objection(x)
+    assert kernels_for(x) is triton
+
+
+@MODES
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('low', [True, False])
+@pytest.mark.parametrize('shape', [(2, 64, 40, 60), (1, 256, 7, 7)])
+def test_three_launches_each_way(estimate, training, low, shape):
+    layer = BCN(shape[1], estimate=estimate).to(CUDA).train(training)
+    x = torch.randn(shape, device=CUDA, dtype=torch.half if low else torch.float)
+    x, dy = x.requires_grad_(), torch.randn_like(x)
+    inputs = [x, *layer.parameters()]
+    torch.autograd.grad(layer(x), inputs, dy)  # compiles
+
+    def launches(call):
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            result = call()
+            torch.cuda.synchronize()
+        names = [e.name for e in profile.events()]
+        return result, [name for name in names if name.endswith('_kernel')], names
+
+    y, own, names = launches(lambda: layer(x))
+    assert own == ['moments_kernel', 'stages_kernel', 'apply_kernel'], names
+    _, own, names = launches(lambda: torch.autograd.grad(y, inputs, dy))
+    assert own == ['reduce_kernel', 'gradients_kernel', 'gradient_kernel'], names
 
 
 @MODES

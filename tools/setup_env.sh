@@ -237,7 +237,7 @@ install_mmcv() {
 }
 
 make_venv() {
-    local python pip net lock
+    local python pip net lock locks=()
     check_cuda
     python=$(find_python)
     net="Check the network and the pip settings, then run this again: it goes on where it stopped"
@@ -245,14 +245,22 @@ make_venv() {
         step "making $VENV with $python" "Install python3.11-venv, or set PYTHON" \
             "$python" -m venv "$VENV"
     pip=("$VENV/bin/python" -m pip install --disable-pip-version-check)
-    for lock in "${LOCKS[@]}"; do pip+=(-c "$lock"); done
+    for lock in "${LOCKS[@]}"; do
+        if [ "$TORCH_SPEC" != "$TORCH" ]; then
+            # which brings a Triton of its own if it is built for GPUs
+            grep -v '^triton==' "$lock" >"$VENV/${lock##*/}"
+            lock=$VENV/${lock##*/}
+        fi
+        locks+=("$lock")
+        pip+=(-c "$lock")
+    done
     step "installing build tools" "$net" \
         "${pip[@]}" setuptools wheel ninja
     step "installing $TORCH_SPEC" "$net; set TORCH_SPEC for another build" \
         "${pip[@]}" "$TORCH_SPEC" numpy
     install_mmcv "${pip[@]}"
     step "installing the rest of $STACK and the tests' tools" "$net" \
-        "${pip[@]}" "${LOCKS[@]/#/-r}"
+        "${pip[@]}" "${locks[@]/#/-r}"
     step "installing bcn_mm" "Report this with the log" \
         "${pip[@]}" --no-deps --no-build-isolation -e "$ROOT"
     complete "$VENV/bin/python" "$STACK" ||

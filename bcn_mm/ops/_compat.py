@@ -117,6 +117,12 @@ HALF_BATCH_NORM = _works(
 )
 
 
+#: Tells autograd of a write that it does not see; torch 2.0 cannot be told.
+increment_version: Callable[[Tensor], None] = getattr(
+    torch.autograd.graph, 'increment_version', lambda tensor: None
+)
+
+
 def tree_leaves(tree: Any) -> list:
     """What lists, tuples and dicts within each other hold."""
     return tree_flatten(tree)[0]

@@ -3,12 +3,13 @@
 :func:`kernels_for` chooses who makes them; README.md beside this is the
 contract. ``BCN_MM_KERNELS`` in the environment, or :func:`using`, chooses
 otherwise: ``eager`` for ordinary operators on every device, ``native`` for the
-CPU's own, ``auto`` for the best that serves.
+CPU's own, ``triton`` for CUDA, ``auto`` for the best that serves.
 """
 
 import os
+import warnings
 from contextlib import contextmanager
-from typing import Iterator
+from typing import Iterator, Set
 
 from torch import Tensor
 
@@ -16,12 +17,14 @@ from .._compat import is_compiling, is_transforming
 from .cpp import Cpp
 from .eager import Eager, Empty, Functional
 from .native import Native
+from .triton import Triton
 
 #: What may be chosen, best first; ``auto`` takes the first that serves.
-BACKENDS = {'cpp': Cpp(), 'native': Native(), 'eager': Eager()}
+BACKENDS = {'cpp': Cpp(), 'native': Native(), 'triton': Triton(), 'eager': Eager()}
 CHOICES = ('auto', *BACKENDS)
 _BEST_FIRST = tuple(BACKENDS.values())
 _EMPTY, _FUNCTIONAL = Empty(), Functional()
+_said: Set[str] = set()  # what has been warned of
 
 
 def _checked(choice: str) -> str:
@@ -74,12 +77,26 @@ def kernels_for(x: Tensor) -> Eager:
     if is_compiling() or is_transforming():
         return _FUNCTIONAL
     if _choice == 'auto':
-        for backend in _BEST_FIRST:
-            if backend.serves(x):
-                return backend
+        return _best(x)
     backend = BACKENDS[_choice]
-    if not backend.serves(x):
+    objection = backend.objection(x)
+    if objection or not backend.serves(x):
         raise RuntimeError(
             f'BCN_MM_KERNELS={_choice} does not serve {x.dtype} on {x.device}'
+            + (f': {objection}' if objection else '')
         )
     return backend
+
+
+def _best(x: Tensor) -> Eager:
+    for backend in _BEST_FIRST:
+        objection = backend.objection(x)
+        if not objection and backend.serves(x):
+            return backend
+        if objection and objection not in _said:
+            _said.add(objection)
+            warnings.warn(
+                f'the plain path of BCN is taken instead of {backend!r}: {objection}',
+                stacklevel=4,
+            )
+    raise AssertionError('the plain path serves everything')

@@ -43,6 +43,13 @@ class Eager:
         """Whether this backend can make the passes over ``x``."""
         return True
 
+    def objection(self, x: Tensor) -> str:
+        """Why this backend is not to be taken for what it is made for, if so.
+
+        May try the backend out. ``auto`` says it once and takes the next one.
+        """
+        return ''
+
     # -- the contract --------------------------------------------------------
 
     def moments(self, x: Tensor) -> Moments:
