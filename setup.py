@@ -89,8 +89,8 @@ def kernels() -> dict:
 
     library = Extension(
         'bcn_mm.ops.kernels._cpu',
-        ['csrc/batch_channel_norm.cpp'],
-        depends=['csrc/passes.h', 'csrc/weight_standardization.h'],
+        ['csrc/operators.cpp'],
+        depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob('csrc/*.h'))],
         include_dirs=cpp_extension.include_paths(),
         library_dirs=cpp_extension.library_paths(),
         libraries=['c10', 'torch_cpu', 'torch'],

@@ -1,17 +1,19 @@
 // Weight Standardization: filters are rows, whatever order a row is in.
-// Included by batch_channel_norm.cpp, whose passes it is made of.
+
+#pragma once
+
+#include "tensors.h"
 
 namespace {
 
 // A weight as (1, out, K) rows
 Shape filters(const Tensor& weight) {
   TORCH_CHECK(
-      weight.dim() >= 2 && weight.numel() > 0 && weight.is_non_overlapping_and_dense() &&
-          (weight.size(0) == 1 || weight.stride(0) == weight.numel() / weight.size(0)),
-      "expected a dense weight, filter after filter");
-  return Shape(weight.as_strided(
-      {1, weight.size(0), weight.numel() / weight.size(0)},
-      {weight.numel(), weight.numel() / weight.size(0), 1}), 1);
+      weight.dim() >= 2 && weight.numel() > 0 &&
+          (weight.is_contiguous() || is_channels_last(weight)),
+      "expected a contiguous or channels-last weight");
+  const int64_t out = weight.size(0), fan = weight.numel() / out;
+  return Shape(weight.as_strided({1, out, fan}, {weight.numel(), fan, 1}), 1);
 }
 
 // w' = gain (w - mean), and what the gradient is made of: (3, out), mean, gain
@@ -55,8 +57,7 @@ std::tuple<Tensor, Tensor> standardize(
 Tensor standardize_backward(const Tensor& grad, const Tensor& weight, const Tensor& saved) {
   const Shape s = filters(weight);
   TORCH_CHECK(
-      grad.scalar_type() == weight.scalar_type() && grad.sizes() == weight.sizes() &&
-          grad.strides() == weight.strides(),
+      is_alike(grad, weight),
       "expected a gradient of the dtype, shape and layout of the weight");
   Tensor result = at::empty_like(weight);
   dispatch(weight, [&](auto zero) {

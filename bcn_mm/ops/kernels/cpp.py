@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..estimates import Rule, Running, counted
-from ..layout import dense
+from ..layout import dense, in_layout_of
 from ..stages import Affine, InputGradient, Moments, Spec
 from .eager import Eager
 
@@ -133,14 +133,13 @@ class Cpp(Eager):
         under_root: bool,
     ) -> Tensor:
         weight = dense(weight)
-        if grad.stride() != weight.stride():
-            grad = torch.empty_like(weight).copy_(grad)
+        grad = in_layout_of(grad, weight)
         return _operators().standardize_backward(grad, weight, *saved)
 
     # -- the passes by themselves --------------------------------------------
 
-    def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
-        mean, var = _operators().moments(rows)
+    def moments(self, x: Tensor) -> Moments:
+        mean, var = _operators().moments(x)
         return Moments(mean, var, False)
 
     def _apply(

@@ -35,7 +35,7 @@ STAGES = [(True, True), (True, False), (False, True)]
 def whole_pass(x, dy, threads, training, estimate, relu=False):
     """Everything that a pass forward and one back give."""
     torch.manual_seed(0)
-    channels, groups = x.shape[1], 2
+    channels, groups = x.shape[1], 1 + (x.shape[1] % 2 == 0)
     given = operands(channels, groups, torch.float)
     running = Running(given.pop('running_mean'), given.pop('running_var'), None)
     affine, spec = Affine(**given), Spec(groups, 1e-5, relu)
@@ -135,6 +135,24 @@ def test_a_moved_buffer_is_a_changed_tensor():
         kept.backward()
     with torch.inference_mode():
         BCN(4, 2)(torch.randn(2, 4, 3, 3))
+
+
+@COMPILED
+@pytest.mark.parametrize('shape', [(2, 1, 1, 1), (1, 4, 3, 3), (3, 4, 1, 1), (1, 6)])
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_strides_of_single_values_mean_nothing(shape, layout):
+    def odd(x):
+        strides = [t if n > 1 else 17 for n, t in zip(x.shape, x.stride())]
+        return torch.empty(200).as_strided(shape, strides).copy_(x)
+
+    x, dy = (layout(torch.randn(shape)) for _ in range(2))
+    for training, estimate in STAGES:
+        want = whole_pass(x, dy, 1, training, estimate)
+        for got in (
+            whole_pass(odd(x), dy, 1, training, estimate),
+            whole_pass(x, odd(dy), 1, training, estimate),
+        ):
+            assert all(map(torch.equal, got, want))
 
 
 @COMPILED
