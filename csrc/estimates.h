@@ -21,9 +21,12 @@ Rule rule_of(
   if (!training) return rule;
   double number = 1;
   if (passes) {
-    // the caller's layer counts from one; bumped as in-place operators do
-    int64_t& count = *passes->data_ptr<int64_t>();
-    number = static_cast<double>(++count);
+    if (passes->scalar_type() == at::kLong) {  // as a layer's is
+      number = static_cast<double>(++*passes->data_ptr<int64_t>());
+    } else {
+      Tensor count = *passes;
+      number = count.add_(1).item<double>();
+    }
   }
   if (momentum && start == "identity") {
     rule.rate = *momentum;

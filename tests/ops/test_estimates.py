@@ -82,3 +82,22 @@ def test_a_start_needs_the_number_of_passes():
             batch_channel_norm(
                 x, 1, torch.zeros(3), torch.ones(3), training=True, **rule
             )
+
+
+@pytest.mark.parametrize('dtype', [torch.int32, torch.int64, torch.uint8])
+def test_passes_are_counted_in_any_integer(backend, dtype):
+    count = torch.tensor(3, dtype=dtype)
+    mean = torch.zeros(3)
+    for _ in range(2):
+        batch_channel_norm(
+            torch.ones(2, 3, 4, 4),
+            1,
+            mean,
+            torch.ones(3),
+            training=True,
+            momentum=None,
+            num_batches_tracked=count,
+        )
+    assert count == 5 and count.dtype == dtype
+    # a fourth of the way in the fourth pass, a fifth in the fifth
+    torch.testing.assert_close(mean, torch.full((3,), 1 - 3 / 4 * 4 / 5))
