@@ -18,6 +18,8 @@ from bcn_mm._files import replacing
 
 # Rounds that go before those that count.
 WARMUP = 2
+# Bytes of the tensor that is copied: more than a cache holds.
+COPIED = 1 << 28
 
 
 def add_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
@@ -131,6 +133,23 @@ def interleave(
         if collecting:
             gc.enable()
     return {k: np.median(np.array(v), axis=0) for k, v in times.items()}
+
+
+def copy_bandwidth(device: str, rounds: int, advance: Callable[[], None]) -> float:
+    """Bytes a second that a copy of a large tensor moves, read and written."""
+    # written once: memory that never was may be one page of zeros
+    x = torch.ones(COPIED // 4, device=device)
+    y = torch.empty_like(x)
+    clock = Clock(device)
+
+    def step():
+        stamps = [clock.stamp()]
+        y.copy_(x)
+        stamps.append(clock.stamp())
+        return clock.seconds(stamps)
+
+    (seconds,) = interleave({'copy': step}, rounds, advance)['copy']
+    return float(2 * COPIED / seconds)
 
 
 def peak_memory(function: Callable[[], None], device: str) -> int:

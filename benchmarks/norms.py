@@ -2,34 +2,62 @@
 
 Every layer runs forward and backward once a round on the same input; ratios
 are of medians over the rounds. The shapes are those of a Mask R-CNN R50-FPN at
-1333x800 and of its heads.
+1333x800 and of its heads. Layers are GroupNorm, BatchNorm, BCN as it runs by
+itself, large-batch BCN, and BCN by every backend that serves the device; where
+a backend does not serve an input there is a dash.
+
+The tables:
+  times       of every input, the geometric mean and the worst of the ratios;
+              apart from these, dispatch: a call on a tiny input, where only
+              the overhead of operators counts
+  memory      what autograd keeps for the backward pass, and the peak
+  bandwidth   bytes that any norm must move (5 times the input: x, y forward,
+              dy, x, dx backward) over the time, as a share of what a copy of a
+              large tensor moves in the same run
+  weights     standardizing the convolutions of a ResNet-50
+
+With --out, a JSON file of
+  machine         device, threads, torch, rounds, busy
+  copy_bandwidth  bytes a second that a copy reads and writes
+  layers          INPUT: LAYER: seconds forward, backward, both; kept, peak in
+                  multiples of the input; of_copy: the share of the copy's
+                  bandwidth forward, backward, both; backend: who made BCN's
+                  passes, else null
+  dispatch        SETTING: LAYER: seconds of a call forward, backward, both
+  summary         SETTING: LAYER: forward, backward, both: geometric_mean and
+                  worst of the ratios to GN over the inputs of the setting
+  weights         LAYER: seconds forward, backward, both
+where INPUT is NxCxHxW, with the setting if there are several, and SETTING is
+dtype and memory format.
 """
 
 import argparse
+from contextlib import nullcontext
+from typing import Callable, Dict, List
 from unittest import mock
 
 import torch
+from competing import competing
 from measuring import (
     WARMUP,
     Clock,
     add_arguments,
     bytes_kept,
-    draw_bars,
-    geometric_mean,
+    copy_bandwidth,
     interleave,
     peak_memory,
     prepare,
 )
 from mmcv.cnn.bricks import conv_ws
 from mmdet.models.backbones import ResNet
-from rich.console import Console
-from rich.table import Table
+from norm_layers import BASE, GROUPS, LAYERS, backend_of, choose
+from norm_tables import PHASES, plot, show, summarize
 from torch import nn
 
-from bcn_mm import BCN
 from bcn_mm._files import write_json
 from bcn_mm.engine.cli import one_line_errors
 from bcn_mm.engine.progress import progress_bar
+from bcn_mm.errors import InputError
 from bcn_mm.ops import standardize_weight
 
 SHAPES = (
@@ -42,103 +70,87 @@ SHAPES = (
     (256, 256, 14, 14),
 )
 DTYPES = ('float32', 'bfloat16', 'float16')
-FORMATS = ('contiguous', 'channels_last')
-GROUPS = 32
+FORMATS = dict(contiguous='contiguous_format', channels_last='channels_last')
+# Nothing to compute; so many calls a round that their time is resolved.
+TINY = (1, 64, 2, 2)
+CALLS = 100
+# Least tensors of the input's size that a phase reads and writes.
+MOVED = dict(forward=2, backward=3, both=5)
 
 
-class Formulation(nn.Module):
-    """Micro-batch BCN as the paper states it, one torch operation a step.
+class Inputs:
+    """An input of a shape, dtype and memory format, and its output's gradient."""
 
-    What one would write from algorithm 1 of arXiv:1903.10520v2; the baseline.
-    """
+    def __init__(self, shape: tuple, dtype: str, memory_format: str, device) -> None:
+        layout = getattr(torch, FORMATS[memory_format])
+        x = torch.randn(shape, device=device, dtype=getattr(torch, dtype))
+        self.x = x.contiguous(memory_format=layout)
+        self.dy = torch.randn_like(self.x)
+        self.x.requires_grad_()
+        self.size = x.numel() * x.element_size()
+        self.device = device
 
-    def __init__(self, channels: int, momentum: float = 0.01, eps=1e-5):
-        super().__init__()
-        self.momentum, self.eps = momentum, eps
-        self.batch_weight = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.batch_bias = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.weight = nn.Parameter(torch.ones(1, GROUPS, 1))
-        self.bias = nn.Parameter(torch.zeros(1, GROUPS, 1))
-        self.register_buffer('mean', torch.zeros(1, channels, 1, 1))
-        self.register_buffer('var', torch.ones(1, channels, 1, 1))
+    def layers(self, names: List[str]) -> Dict[str, nn.Module]:
+        """Those of the layers that can be given it."""
+        return {
+            # parameters stay in float32, as under mixed precision
+            name: LAYERS[name].build(self.x.shape[1]).to(self.device)
+            for name in names
+            if LAYERS[name].serves(self.x)
+        }
 
-    def forward(self, x):
-        over = (0, 2, 3)
-        with torch.no_grad():
-            mean = x.mean(over, keepdim=True)
-            var = (x - self.mean).square().mean(over, keepdim=True)
-            self.mean += self.momentum * (mean - self.mean)
-            self.var += self.momentum * (var - self.var)
-            mean, std = self.mean.clone(), torch.sqrt(self.var + self.eps)
-        z = (x - mean) / std * self.batch_weight + self.batch_bias
-        z = z.reshape(x.shape[0], GROUPS, -1)
-        centred = z - z.mean(2, keepdim=True)
-        var = centred.square().mean(2, keepdim=True)
-        y = centred / torch.sqrt(var + self.eps) * self.weight + self.bias
-        return y.reshape(x.shape).to(x.dtype)
+    def stepper(self, name: str, layer: nn.Module, calls: int = 1) -> Callable:
+        """A function that returns a call's seconds by phase, averaged over some."""
+        x, dy, clock = self.x, self.dy, Clock(self.device)
 
-
-def compiled(channels: int) -> nn.Module:
-    torch._dynamo.reset()
-    return torch.compile(Formulation(channels))
-
-
-# the first is what the others are compared with
-LAYERS = {
-    'GN': lambda c: nn.GroupNorm(GROUPS, c),
-    'BN': nn.BatchNorm2d,
-    'BCN': lambda c: BCN(c, GROUPS),
-    'BCN large-batch': lambda c: BCN(c, GROUPS, estimate=False),
-    'paper in torch ops': Formulation,
-    'the same compiled': compiled,
-}
-BASE = 'GN'
-
-
-def measure_case(shape, dtype, memory_format, args, advance) -> dict:
-    """All layers on one input: seconds, bytes."""
-    memory_format = getattr(torch, f'{memory_format}_format', None) or getattr(
-        torch, memory_format
-    )
-    factory = dict(device=args.device, dtype=getattr(torch, dtype))
-    x = torch.randn(shape, **factory).contiguous(memory_format=memory_format)
-    dy = torch.randn_like(x)
-    x.requires_grad_()
-    size = x.numel() * x.element_size()
-    clock = Clock(args.device)
-    result = {}
-
-    def stepper(layer):
         def step():
-            stamps = [clock.stamp()]
-            y = layer(x)
-            stamps.append(clock.stamp())
-            y.backward(dy)
-            stamps.append(clock.stamp())
-            x.grad = None
-            layer.zero_grad(set_to_none=True)
-            forward, backward = clock.seconds(stamps)
+            stamps = []
+            with LAYERS[name].passes():
+                for _ in range(calls):
+                    stamps.append(clock.stamp())
+                    y = layer(x)
+                    stamps.append(clock.stamp())
+                    y.backward(dy)
+                    stamps.append(clock.stamp())
+                    del y
+                    x.grad = None
+                    layer.zero_grad(set_to_none=True)
+            seconds = clock.seconds(stamps)  # with those from call to call
+            forward, backward = (sum(seconds[i::3]) / calls for i in (0, 1))
             return forward, backward, forward + backward
 
         return step
 
-    steps = {}
-    for name in args.layers:
-        # parameters stay in float32, as under mixed precision
-        layer = LAYERS[name](shape[1]).to(args.device)
-        steps[name] = stepper(layer)
+
+def measure_case(inputs: Inputs, args, copied: float, advance) -> dict:
+    """All layers on one input: seconds, bytes, share of the copy's bandwidth."""
+    result, steps = {}, {}
+    for name, layer in inputs.layers(args.layers).items():
+        steps[name] = inputs.stepper(name, layer)
         steps[name]()
+        with LAYERS[name].passes():
+            kept = bytes_kept(lambda layer=layer: layer(inputs.x), layer)
+            backend = backend_of(layer, inputs.x)
+        peak = peak_memory(steps[name], args.device)
         result[name] = dict(
-            kept=bytes_kept(lambda layer=layer: layer(x), layer) / size,
-            peak=peak_memory(steps[name], args.device) / size,
+            kept=kept / inputs.size, peak=peak / inputs.size, backend=backend
         )
     times = interleave(steps, args.rounds, advance)
     for name, seconds in times.items():
-        result[name].update(zip(PHASES, map(float, seconds)))
+        row = dict(zip(PHASES, map(float, seconds)))
+        shares = {p: MOVED[p] * inputs.size / row[p] / copied for p in PHASES}
+        result[name].update(row, of_copy=shares)
     return result
 
 
-PHASES = ('forward', 'backward', 'both')
+def measure_dispatch(inputs: Inputs, args, advance) -> dict:
+    """All layers on an input so small that only their operators count: seconds."""
+    steps = {
+        name: inputs.stepper(name, layer, CALLS)
+        for name, layer in inputs.layers(args.layers).items()
+    }
+    times = interleave(steps, args.rounds, advance)
+    return {k: dict(zip(PHASES, map(float, v))) for k, v in times.items()}
 
 
 def measure_weights(args, advance) -> dict:
@@ -181,61 +193,6 @@ def measure_weights(args, advance) -> dict:
     return {k: dict(zip(PHASES, map(float, v))) for k, v in times.items()}
 
 
-def ratio(case: dict, name: str, phase: str = 'both') -> float:
-    return case[name][phase] / case[BASE][phase]
-
-
-def show(cases: dict, weights: dict, args) -> None:
-    console = Console()
-    table = Table(title=f'forward + backward: ms, and the ratio to {BASE}')
-    table.add_column('input', no_wrap=True)
-    for name in args.layers:
-        table.add_column(name, justify='right')
-    for title, case in cases.items():
-        table.add_row(
-            title,
-            *(
-                f'{case[name]["both"] * 1e3:.2f} ({ratio(case, name):.2f})'
-                for name in args.layers
-            ),
-        )
-    for label, phase in (
-        ('geometric mean', 'both'),
-        ('  forward', 'forward'),
-        ('  backward', 'backward'),
-    ):
-        table.add_row(
-            label,
-            *(
-                f'{geometric_mean([ratio(c, n, phase) for c in cases.values()]):.2f}'
-                for n in args.layers
-            ),
-            style='bold' if phase == 'both' else '',
-        )
-    console.print(table)
-    table = Table(title='memory in multiples of the input: kept, at the peak')
-    table.add_column('input', no_wrap=True)
-    for name in args.layers:
-        table.add_column(name, justify='right')
-    for title, case in cases.items():
-        table.add_row(
-            title,
-            *(f'{case[n]["kept"]:.2f}, {case[n]["peak"]:.2f}' for n in args.layers),
-        )
-    console.print(table)
-    table = Table(title="standardizing all of ResNet-50's convolutions")
-    for heading in ('', *PHASES, "to mmcv's"):
-        table.add_column(heading, justify='right')
-    base = weights["mmcv's ConvWS"]['both']
-    for name, times in weights.items():
-        table.add_row(
-            name,
-            *(f'{times[p] * 1e3:.1f} ms' for p in PHASES),
-            f'{times["both"] / base:.2f}',
-        )
-    console.print(table)
-
-
 def parse_shape(text: str) -> tuple:
     try:
         shape = tuple(int(word) for word in text.split(','))
@@ -256,6 +213,8 @@ def parse_args() -> argparse.Namespace:
   python benchmarks/norms.py
   python benchmarks/norms.py --shapes 1,256,64,64 \\
       --dtypes float32 bfloat16 --memory-formats channels_last
+  python benchmarks/norms.py --busy --layers BCN 'BCN cpp' 'BCN native'
+  python benchmarks/norms.py --layers BCN 'paper in torch ops' 'the same compiled'
   python benchmarks/norms.py --out norms.json --plot norms.png""",
     )
     parser.add_argument(
@@ -284,64 +243,69 @@ def parse_args() -> argparse.Namespace:
         '--layers',
         nargs='+',
         choices=LAYERS,
-        default=list(LAYERS),
         metavar='LAYER',
-        help=f'out of {", ".join(map(repr, LAYERS))} (all); '
-        f'{BASE} is always among them',
+        help=f'out of {", ".join(map(repr, LAYERS))} (all but the last two, and '
+        f'no backend that does not serve the device); {BASE} is always among them',
+    )
+    parser.add_argument(
+        '--busy',
+        action='store_true',
+        help='beside a process that computes on one thread all the while; for the CPU',
     )
     add_arguments(parser, rounds=30)
     args = parser.parse_args()
-    args.layers = [n for n in LAYERS if n in {BASE, *args.layers}]
+    args.groups = {}
+    for setting in (f'{d} {f}' for d in args.dtypes for f in args.memory_formats):
+        more = f' {setting}' if len(args.dtypes) * len(args.memory_formats) > 1 else ''
+        args.groups[setting] = ['x'.join(map(str, s)) + more for s in args.shapes]
     return args
+
+
+def measure(args, advance, describe) -> dict:
+    """All that the tables show, by the keys of the JSON file."""
+    describe('copy')
+    copied = copy_bandwidth(args.device, args.rounds, advance)
+    results = dict(copy_bandwidth=copied, layers={}, dispatch={}, summary={})
+    for setting, titles in args.groups.items():
+        for shape, title in zip(args.shapes, titles):
+            describe(title)
+            inputs = Inputs(shape, *setting.split(), args.device)
+            results['layers'][title] = measure_case(inputs, args, copied, advance)
+        describe(f'dispatch {setting}')
+        inputs = Inputs(TINY, *setting.split(), args.device)
+        results['dispatch'][setting] = measure_dispatch(inputs, args, advance)
+        cases = [results['layers'][title] for title in titles]
+        results['summary'][setting] = summarize(cases, args.layers)
+    describe('weights')
+    results['weights'] = measure_weights(args, advance)
+    return results
 
 
 def main() -> None:
     args = parse_args()
     with one_line_errors():
-        machine = prepare(args)
+        if args.busy and torch.device(args.device).type != 'cpu':
+            raise InputError(
+                f'--busy competes for the CPU, which is not what times on '
+                f'{args.device} are about; leave one of the two out'
+            )
+        machine = dict(prepare(args), busy=args.busy)
+        args.layers = choose(args.layers, args.device, args.dtypes)
         torch.manual_seed(0)
-        cases = [
-            (s, d, f)
-            for d in args.dtypes
-            for f in args.memory_formats
-            for s in args.shapes
-        ]
-        results = {}
-        with progress_bar() as bar:
-            total = (len(cases) + 1) * (args.rounds + WARMUP)
-            task = bar.add_task('rounds', total=total)
-
-            def advance():
-                bar.advance(task)
-
-            for shape, dtype, memory_format in cases:
-                title = 'x'.join(map(str, shape))
-                if len(args.dtypes) * len(args.memory_formats) > 1:
-                    title += f' {dtype} {memory_format}'
-                bar.update(task, description=title)
-                results[title] = measure_case(
-                    shape, dtype, memory_format, args, advance
-                )
-            bar.update(task, description='weights')
-            weights = measure_weights(args, advance)
-        show(results, weights, args)
-        Console().print(', '.join(f'{key} {value}' for key, value in machine.items()))
+        with competing() if args.busy else nullcontext(), progress_bar() as bar:
+            parts = 2 + len(args.groups) * (len(args.shapes) + 1)
+            task = bar.add_task('rounds', total=parts * (args.rounds + WARMUP))
+            results = measure(
+                args,
+                lambda: bar.advance(task),
+                lambda part: bar.update(task, description=part),
+            )
+        results = dict(machine=machine, **results)
+        show(results, args.groups, args.layers)
         if args.out:
-            write_json(
-                args.out,
-                dict(machine=machine, layers=results, weights=weights),
-            )
+            write_json(args.out, results)
         if args.plot:
-            draw_bars(
-                args.plot,
-                list(results),
-                {
-                    name: [ratio(case, name) for case in results.values()]
-                    for name in args.layers
-                    if name != BASE
-                },
-                f'forward + backward, times that of {BASE}',
-            )
+            plot(args.plot, results['layers'], args.layers)
 
 
 if __name__ == '__main__':
