@@ -44,12 +44,15 @@ from bcn_mm.engine.cli import load_config, one_line_errors
 from bcn_mm.engine.progress import progress_bar
 from bcn_mm.errors import InputError
 
-# the first is what the others are compared with
+# what the norm and the convolution are; the first is what others are compared with
 VARIANTS = {
-    'GN + ConvWS': (dict(type='GN', num_groups=32), dict(type='ConvWS')),
-    'BN': (dict(type='BN'), None),
-    'BCN + WSConv2d': (dict(type='BCN'), dict(type='WSConv2d')),
+    'GN + ConvWS': ('GN', 'ConvWS'),
+    'BN': ('BN', None),
+    'BCN + WSConv2d': ('BCN', 'WSConv2d'),
+    'GN': ('GN', None),
+    'BCN': ('BCN', None),
 }
+DEFAULT = list(VARIANTS)[:3]
 BASE = 'GN + ConvWS'
 WATCHED = 'BCN + WSConv2d'
 # More than a two-stage detector's sampler takes, so that it is always full.
@@ -100,7 +103,13 @@ class Trainee:
 
     def __init__(self, cfg: Config, name: str, batch: dict, args) -> None:
         torch.manual_seed(0)
-        self.model = MODELS.build(swap(cfg, *VARIANTS[name]))
+        norm, conv = VARIANTS[name]
+        norm_cfg = dict(type=norm)
+        if norm == 'GN':
+            norm_cfg.update(num_groups=args.num_groups or 32)
+        elif norm == 'BCN':
+            norm_cfg.update(num_groups=args.num_groups)
+        self.model = MODELS.build(swap(cfg, norm_cfg, conv and dict(type=conv)))
         self.model.init_weights()
         self.model.to(args.device).train()
         wrapper = copy.deepcopy(cfg.optim_wrapper)
@@ -213,10 +222,17 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
         '--variants',
         nargs='+',
         choices=VARIANTS,
-        default=list(VARIANTS),
+        default=DEFAULT,
         metavar='VARIANT',
-        help=f'out of {", ".join(map(repr, VARIANTS))} (all); {BASE!r} is '
-        'always among them',
+        help=f'out of {", ".join(map(repr, VARIANTS))} (the first three); {BASE!r} '
+        'is always among them',
+    )
+    parser.add_argument(
+        '--num-groups',
+        type=int,
+        metavar='G',
+        help='of GN and BCN, where 32 does not divide all channels (32; of BCN what '
+        'it takes by itself)',
     )
     parser.add_argument(
         '--amp', action='store_true', help='in mixed precision, on a GPU'
