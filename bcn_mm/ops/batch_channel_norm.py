@@ -229,7 +229,7 @@ def _normalize(
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affine)
         ):
-            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, spec, group)
+            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, *spec, group)
         return kernels.normalize(x, moments, batch, affine, spec)
 
 
@@ -268,9 +268,12 @@ class _BatchChannelNorm(torch.autograd.Function):
         batch_mean: Tensor,
         inv_std: Tensor,
         num_values: Optional[Union[int, Tensor]],
-        spec: Spec,
+        num_groups: int,
+        eps: float,
+        relu: bool,
         group: Optional['dist.ProcessGroup'],
     ) -> Tensor:
+        spec = Spec(num_groups, eps, relu)
         is_tensor = isinstance(num_values, Tensor)
         ctx.save_for_backward(
             x,
@@ -318,7 +321,7 @@ class _BatchChannelNorm(torch.autograd.Function):
                 d_shift, d_factor = along.unbind()
                 sums = sums._replace(along=(d_shift, d_factor))
             dx = kernels.backward_input(dy, x, sums, *known)
-        return (dx, *sums.affine, *[None] * 8)
+        return (dx, *sums.affine, *[None] * 10)
 
 
 class _Fused(torch.autograd.Function):

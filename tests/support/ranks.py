@@ -22,6 +22,7 @@ def _start(rank, function, world, folder, args):
     )
     result = function(rank, world, *args)
     torch.save(result, f'{folder}/{rank}.pt')
+    dist.barrier()  # torch 2.1 may wait forever for a rank that has left
     dist.destroy_process_group()
     gc.collect()  # gloo's threads end with the last reference to the group
 

@@ -33,7 +33,9 @@ def plan(tmp_path):
             (programs / name).write_text(f'#!/bin/sh\n{text}\n')
             (programs / name).chmod(0o755)
         path = f'{programs}:/usr/local/bin:/usr/bin:/bin'
-        environment = {'CUDA_HOME': str(tmp_path / 'cuda'), **environment}
+        own = dict.fromkeys(('MM_STACK', 'DEVICE', 'TORCH_CUDA_ARCH_LIST'), '')
+        own['CUDA_HOME'] = str(tmp_path / 'cuda')
+        environment = {**own, **environment}
         return run('bash', 'tools/setup_env.sh', '--plan', PATH=path, **environment)
 
     return call

@@ -238,6 +238,7 @@ def alone(monkeypatch):
 def without_triton(monkeypatch):
     for name in MODULES:
         monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(kernels, name.rsplit('.', 1)[1], raising=False)
     monkeypatch.setitem(sys.modules, 'triton', None)
 
 
