@@ -75,6 +75,7 @@ namespace baseline {
 namespace avx2 {
 #define VECTOR_BYTES 32
 #define TARGET __attribute__((target("avx2,fma,f16c")))
+#define LOAD_WORDS(p) _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)(p)))
 #define LOAD_HALF(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p)))
 #define STORE_HALF(p, v) \
   _mm_storeu_si128((__m128i*)(p), _mm256_cvtps_ph((__m256)(v), 0))
@@ -84,6 +85,7 @@ namespace avx2 {
 namespace avx512 {
 #define VECTOR_BYTES 64
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c")))
+#define LOAD_WORDS(p) _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)(p)))
 #define LOAD_HALF(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)(p)))
 #define STORE_HALF(p, v) \
   _mm256_storeu_si256((__m256i*)(p), _mm512_cvtps_ph((__m512)(v), 0))

@@ -5,6 +5,7 @@
 //   VECTOR_BYTES             the size of a register
 //   TARGET                   the attribute that has a function compiled for it
 //   LOAD_HALF, STORE_HALF    its conversions of float16, if it has any
+//   LOAD_WORDS               16 bits to 32, if the compiler does it badly
 //
 // There are two layouts. Rows: `count` rows of `length` values, one after the
 // other. Columns: `length` positions of `count` values each (channels-last).
@@ -41,5 +42,6 @@ template <class A> Algebra<A> algebra(int64_t depth) {
 #undef INLINE
 #undef TARGET
 #undef VECTOR_BYTES
+#undef LOAD_WORDS
 #undef LOAD_HALF
 #undef STORE_HALF

@@ -29,10 +29,12 @@ INLINE Spread spread_about(
   V<T> first[U] = {}, second[U] = {};
   int64_t i = 0;
   for (; i < unrolled; i += U * w) {
+    V<T> d[U];
+    for (int k = 0; k < U; k += 2) load_pair(x + i + k * w, d[k], d[k + 1]);
     for (int k = 0; k < U; ++k) {
-      const V<T> d = load(x + i + k * w) - centre;
-      first[k] += d;
-      second[k] += d * d;
+      d[k] -= centre;
+      first[k] += d[k];
+      second[k] += d[k] * d[k];
     }
   }
   for (; i < whole; i += w) {
@@ -87,12 +89,17 @@ TARGET void row_apply(
     const T* x, T* y, int64_t count, int64_t length, const Acc<T>* mean,
     const Acc<T>* scale, const Acc<T>* at_mean) {
   constexpr int w = W<T>;
-  const int64_t rest = length % w, whole = length - rest;
+  const int64_t rest = length % w, whole = length - rest, paired = whole - whole % (2 * w);
   for (int64_t row = 0; row < count; ++row, x += length, y += length) {
     const V<T> m = mean[row] - V<T>{}, a = scale[row] - V<T>{};
     const V<T> b = at_mean[row] - V<T>{};
-    for (int64_t i = 0; i < whole; i += w)
-      store(y + i, affine<T, relu>(load(x + i), m, a, b));
+    for (int64_t i = 0; i < paired; i += 2 * w) {
+      V<T> even, odd;
+      load_pair(x + i, even, odd);
+      store_pair(y + i, affine<T, relu>(even, m, a, b), affine<T, relu>(odd, m, a, b));
+    }
+    if (paired < whole)
+      store(y + paired, affine<T, relu>(load(x + paired), m, a, b));
     if (rest)
       store_last(y, length, affine<T, relu>(load_last(x, length), m, a, b));
   }
@@ -114,12 +121,16 @@ TARGET void row_reduce(
       V<T> first[U] = {}, second[U] = {};
       int64_t i = 0;
       for (; i < unrolled; i += U * w) {
+        V<T> d[U], e[U];
+        for (int k = 0; k < U; k += 2) {
+          load_pair(x + i + k * w, e[k], e[k + 1]);
+          load_pair(dy + i + k * w, d[k], d[k + 1]);
+        }
         for (int k = 0; k < U; ++k) {
-          const V<T> e = load(x + i + k * w) - m;
-          V<T> d = load(dy + i + k * w);
-          if (relu) d = through_relu(d, a * e + b);
-          first[k] += d;
-          second[k] += d * e;
+          e[k] -= m;
+          if (relu) d[k] = through_relu(d[k], a * e[k] + b);
+          first[k] += d[k];
+          second[k] += d[k] * e[k];
         }
       }
       for (; i < whole; i += w) {
@@ -159,7 +170,7 @@ TARGET void row_apply_add(
     const T* dy, const T* x, T* dx, int64_t count, int64_t length,
     const Gradient<Acc<T>>& g) {
   constexpr int w = W<T>;
-  const int64_t rest = length % w, whole = length - rest;
+  const int64_t rest = length % w, whole = length - rest, paired = whole - whole % (2 * w);
   for (int64_t row = 0; row < count; ++row) {
     const V<T> zero{};
     const V<T> dm = g.dy_mean[row] - zero, m = g.mean[row] - zero;
@@ -167,13 +178,17 @@ TARGET void row_apply_add(
     const V<T> b = g.at_mean[row] - zero;
     const V<T> s = relu ? g.scale[row] - zero : zero;
     const V<T> t = relu ? g.shift[row] - zero : zero;
-    for (int64_t i = 0; i < whole; i += w)
-      store(dx + i, gradient<T, relu>(load(dy + i), load(x + i), dm, m, da, a, b, s, t));
-    if (rest)
-      store_last(
-          dx, length,
-          gradient<T, relu>(
-              load_last(dy, length), load_last(x, length), dm, m, da, a, b, s, t));
+    const auto at = [&](V<T> d, V<T> v) __attribute__((always_inline)) TARGET {
+      return gradient<T, relu>(d, v, dm, m, da, a, b, s, t);
+    };
+    for (int64_t i = 0; i < paired; i += 2 * w) {
+      V<T> d, more_d, v, more_v;
+      load_pair(dy + i, d, more_d);
+      load_pair(x + i, v, more_v);
+      store_pair(dx + i, at(d, v), at(more_d, more_v));
+    }
+    if (paired < whole) store(dx + paired, at(load(dy + paired), load(x + paired)));
+    if (rest) store_last(dx, length, at(load_last(dy, length), load_last(x, length)));
     dy += length, x += length, dx += length;
   }
 }

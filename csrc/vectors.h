@@ -32,9 +32,13 @@ INLINE VDouble load(const double* p) {
 }
 
 INLINE VFloat load(const c10::BFloat16* p) {
+#ifdef LOAD_WORDS
+  return (VFloat)((VWord)LOAD_WORDS(p) << 16);
+#else
   VShort bits;
   __builtin_memcpy(&bits, p, sizeof bits);
   return (VFloat)(__builtin_convertvector(bits, VWord) << 16);
+#endif
 }
 
 INLINE VFloat load(const c10::Half* p) {
@@ -51,13 +55,14 @@ INLINE void store(float* p, VFloat v) { __builtin_memcpy(p, &v, sizeof v); }
 
 INLINE void store(double* p, VDouble v) { __builtin_memcpy(p, &v, sizeof v); }
 
-INLINE void store(c10::BFloat16* p, VFloat v) {
-  // to the nearest, ties to even; NaN stays NaN
+// The bfloat16 nearest to v, ties to even, in the upper halves; NaN stays NaN
+INLINE VWord rounded(VFloat v) {
   const VWord bits = (VWord)v;
-  const VWord up = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const VWord keep = (VWord)(v == v);
-  const VWord rounded = (up & keep) | (0x7fc0 & ~keep);
-  const VShort out = __builtin_convertvector(rounded, VShort);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) | (VWord)(v != v);
+}
+
+INLINE void store(c10::BFloat16* p, VFloat v) {
+  const VShort out = __builtin_convertvector(rounded(v) >> 16, VShort);
   __builtin_memcpy(p, &out, sizeof out);
 }
 
@@ -67,6 +72,30 @@ INLINE void store(c10::Half* p, VFloat v) {
 #else
   for (int i = 0; i < W<float>; ++i) p[i] = static_cast<c10::Half>(v[i]);
 #endif
+}
+
+// Two vectors, in an order that only store_pair knows: bfloat16 is taken apart into
+// the lower and the upper halves of words, which needs no shuffling.
+template <class T> INLINE void load_pair(const T* p, V<T>& a, V<T>& b) {
+  a = load(p);
+  b = load(p + W<T>);
+}
+
+INLINE void load_pair(const c10::BFloat16* p, VFloat& a, VFloat& b) {
+  VWord words;
+  __builtin_memcpy(&words, p, sizeof words);
+  a = (VFloat)(words << 16);
+  b = (VFloat)(words & 0xffff0000);
+}
+
+template <class T> INLINE void store_pair(T* p, V<T> a, V<T> b) {
+  store(p, a);
+  store(p + W<T>, b);
+}
+
+INLINE void store_pair(c10::BFloat16* p, VFloat a, VFloat b) {
+  const VWord words = (rounded(a) >> 16) | (rounded(b) & 0xffff0000);
+  __builtin_memcpy(p, &words, sizeof words);
 }
 
 // The sum of all lanes, in double
