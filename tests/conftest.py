@@ -81,8 +81,15 @@ def log():
 
 def run(*command, timeout=600, cwd=ROOT, **environment):
     """Run a command of the user's; returns it with its output as text."""
+    command = [str(word) for word in command]
+    if command[0] == sys.executable and command[1].endswith('.py'):
+        from support import preloaded
+
+        if not any(name.startswith(preloaded.READ_AT_START) for name in environment):
+            environment = {**os.environ, **environment}
+            return preloaded.run(command[1:], cwd, environment, timeout)
     return subprocess.run(
-        [str(word) for word in command],
+        command,
         cwd=cwd,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,

@@ -220,6 +220,18 @@ def _normalize(
                 x, *affine, running, rule, spec, known, repeats, kernels
             )
         return kernels.forward(x, running, rule, affine, spec, known, repeats)[0]
+    return _pass_by_pass(x, running, rule, affine, spec, kernels, group)
+
+
+def _pass_by_pass(
+    x: Tensor,
+    running: Running,
+    rule: Rule,
+    affine: Affine,
+    spec: Spec,
+    kernels: Eager,
+    group: Optional['dist.ProcessGroup'],
+) -> Tensor:
     with _autocast_off(x):
         with torch.no_grad():
             moments = kernels.moments(x)

@@ -15,7 +15,7 @@ from support.recipes import FULL, QUICK, RECIPES, load, norm_of
 from bcn_mm.convert.tree import walk
 from bcn_mm.engine.launch import build_runner
 
-STEPS = 3
+STEPS = 2
 SIZES = {(512, 1024): (32, 64), (769, 769): (49, 49), (513, 513): (49, 49)}
 
 
@@ -126,7 +126,7 @@ def reduced(path, roots, work_dir):
         cfg.train_cfg.update(max_epochs=1, val_interval=1)
         dataset = cfg.train_dataloader.dataset
         dataset.get('dataset', dataset).indices = STEPS * batch
-    cfg.val_dataloader.dataset.indices = 2
+    cfg.val_dataloader.dataset.indices = 1
     cfg.default_hooks.checkpoint = None
     cfg.work_dir = str(work_dir)
     cfg.experiment_name = work_dir.name
