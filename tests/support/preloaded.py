@@ -12,6 +12,8 @@ import runpy
 import subprocess
 import sys
 import tempfile
+import threading
+from multiprocessing.connection import wait
 
 LIBRARIES = [
     'torch._dynamo',
@@ -51,9 +53,15 @@ def _program(words, cwd, environment, output):
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)
+    threading.Thread(target=_end_with_the_tests, daemon=True).start()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = words
     sys.path.insert(0, os.path.dirname(os.path.abspath(words[0])))
     runpy.run_path(words[0], run_name='__main__')
+
+
+def _end_with_the_tests():
+    wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
