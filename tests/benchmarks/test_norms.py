@@ -20,7 +20,9 @@ NORMS = 'benchmarks/norms.py'
 QUICK = ['--shapes', '1,64,8,9', '2,32,4,4', '--rounds', 2, '--threads', 1]
 PHASES = {'forward', 'backward', 'both'}
 COMPETE = """
-import os, sys
+import os, signal, sys
+# what a shell starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, 'benchmarks')
 from competing import competing
 with competing():
