@@ -252,6 +252,7 @@ def merged_moments(parts, half, row, ok, L, S, chunk, BS: tl.constexpr):
 
 @triton.jit
 def merged_sums(parts, half, row, ok, S, BS: tl.constexpr):
+    """The two sums of rows, over the S chunks of each."""
     s = tl.arange(0, BS)[None, None, :]
     all_ok = ok[:, :, None] & (s < S)
     at = parts + (row * S)[:, :, None] + s

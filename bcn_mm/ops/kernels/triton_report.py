@@ -173,6 +173,7 @@ def rows(names: Tuple[str, ...], cards: Tuple[int, ...]) -> Iterator[Tuple]:
 
 
 def main() -> None:
+    """Print the table for the inputs and cards that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     parser.add_argument(
         '--cards', type=int, nargs='+', default=CARDS, help='compute capabilities'
