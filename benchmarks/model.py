@@ -15,6 +15,7 @@ import copy
 import gc
 import tempfile
 from types import SimpleNamespace
+from typing import Optional
 
 import numpy as np
 import torch
@@ -121,17 +122,22 @@ class Trainee:
         self.clock = Clock(args.device)
         self.norms = NormTimer(self.model, self.clock)
 
-    def train_step(self) -> None:
+    def fresh_batch(self) -> dict:
+        """The pictures, since a step changes what is known of them."""
         torch.manual_seed(0)  # regions are sampled from torch's
         np.random.seed(0)  # or numpy's generator
-        batch = copy.deepcopy(self.batch)
+        return copy.deepcopy(self.batch)
+
+    def train_step(self, batch: Optional[dict] = None) -> None:
+        batch = batch or self.fresh_batch()
         losses = self.model.train_step(batch, self.optim_wrapper)
         self.loss = losses['loss']
 
     def timed_step(self) -> tuple:
         gc.collect()  # the timer switches off the automatic collection
+        batch = self.fresh_batch()
         stamps = [self.clock.stamp()]
-        self.train_step()
+        self.train_step(batch)
         stamps.append(self.clock.stamp())
         return self.clock.seconds(stamps)[0], self.norms.take()
 
@@ -158,9 +164,10 @@ class Watched:
 
     def timed_step(self) -> tuple:
         gc.collect()
+        batch = self.trainee.fresh_batch()
         stamps = [self.trainee.clock.stamp()]
         self.hook.before_train_iter(self.runner, 0)
-        self.trainee.train_step()
+        self.trainee.train_step(batch)
         self.hook.after_train_iter(self.runner, 0)
         stamps.append(self.trainee.clock.stamp())
         self.runner.iter += 1
@@ -219,6 +226,12 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
         '--batch-size', type=int, default=1, help='pictures (%(default)s)'
     )
     parser.add_argument(
+        '--objects',
+        type=int,
+        default=OBJECTS,
+        help='in each picture; should be more than a sampler takes (%(default)s)',
+    )
+    parser.add_argument(
         '--variants',
         nargs='+',
         choices=VARIANTS,
@@ -263,8 +276,10 @@ def main() -> None:
     args = parse_args()
     with one_line_errors():
         machine = prepare(args)
-        if args.batch_size < 1 or min(args.shape) < 32:
-            raise InputError('--batch-size must be at least 1, --shape at least 32 32')
+        if min(args.batch_size, args.objects) < 1 or min(args.shape) < 32:
+            raise InputError(
+                '--batch-size and --objects must be at least 1, --shape at least 32 32'
+            )
         cfg = load_config(args)
         scope = cfg.get('default_scope')
         if scope not in SCOPES:
@@ -278,7 +293,9 @@ def main() -> None:
         preprocessor = cfg.model.get('data_preprocessor', {})
         if preprocessor.get('size'):
             preprocessor.size = args.shape
-        batch = random_batch(cfg, args.batch_size, args.shape, OBJECTS, args.device)
+        batch = random_batch(
+            cfg, args.batch_size, args.shape, args.objects, args.device
+        )
         with progress_bar() as bar:
             steps = WARMUP + args.rounds
             task = bar.add_task('building', total=steps + 2 * len(args.variants))

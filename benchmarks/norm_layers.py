@@ -72,6 +72,13 @@ class Norm(NamedTuple):
         """Whether the layer can be given ``x``."""
         return self.backend is None or BACKENDS[self.backend].serves(x)
 
+    def placed(self, x: Tensor) -> nn.Module:
+        """One for ``x``, with parameters in float32, as under mixed precision."""
+        layer = self.build(x.shape[1]).to(x.device)
+        # whose parameters must be of the input's dtype there
+        alike = x.is_cuda and isinstance(layer, nn.GroupNorm)
+        return layer.to(x.dtype) if alike else layer
+
 
 def _bcn(channels: int) -> nn.Module:
     return BCN(channels, GROUPS)

@@ -93,8 +93,7 @@ class Inputs:
     def layers(self, names: List[str]) -> Dict[str, nn.Module]:
         """Those of the layers that can be given it."""
         return {
-            # parameters stay in float32, as under mixed precision
-            name: LAYERS[name].build(self.x.shape[1]).to(self.device)
+            name: LAYERS[name].placed(self.x)
             for name in names
             if LAYERS[name].serves(self.x)
         }

@@ -45,8 +45,13 @@ is_compiling: Callable[[], bool] = (
 )
 #: Whether Dynamo does; torch.export's other route does not count.
 is_dynamo_compiling = getattr(_compiler, 'is_dynamo_compiling', is_compiling)
-#: Whether torch.export does (torch >= 2.7; before, nobody says).
-is_exporting = getattr(_compiler, 'is_exporting', bool)
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces this call (torch >= 2.7; before, nobody says)."""
+    # what torch.compiler.is_exporting returns; asked itself, it says yes in whatever
+    # torch.compile of torch 2.11 traces (in that of 2.13 it does not)
+    return getattr(_compiler, '_is_exporting_flag', False)
 
 
 def is_transforming() -> bool:

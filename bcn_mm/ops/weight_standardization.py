@@ -39,12 +39,18 @@ class _Standardize(torch.autograd.Function):
         return result
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
-        weight, *saved = ctx.saved_tensors
-        kernels, dialect = ctx.settings
-        grad = kernels.standardize_backward(grad, weight, saved, *DIALECTS[dialect])
-        return grad, None, None, None
+        # entering no_grad takes as long as a small weight does, so only if it must
+        if torch.is_grad_enabled():
+            return once_differentiable(_backward)(ctx, grad)
+        return _backward(ctx, grad)
+
+
+def _backward(ctx: Any, grad: Tensor) -> Tuple[Tensor, None, None, None]:
+    weight, *saved = ctx.saved_tensors
+    kernels, dialect = ctx.settings
+    grad = kernels.standardize_backward(grad, weight, saved, *DIALECTS[dialect])
+    return grad, None, None, None
 
 
 def standardize_weight(
@@ -91,7 +97,7 @@ def standardize_weight(
     check_dialect(dialect)
     if exporting() or is_transforming():
         return _plain(weight, eps, dialect)
-    if weight.numel() and weight[0].numel() < 2:
+    if weight.numel() and weight.shape[1:].numel() < 2:
         raise ValueError(
             f'weight standardization needs two or more weights per filter, '
             f'but got a weight of shape {tuple(weight.shape)}'

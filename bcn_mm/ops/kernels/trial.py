@@ -1,7 +1,7 @@
 """Whether a fused backend agrees with the plain path, on small random tensors."""
 
 from contextlib import contextmanager
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +17,12 @@ _TRIALS = (  # training, estimate, ReLU, start, memory format
     (False, True, False, 'identity', torch.contiguous_format),
 )
 
+# unbiased variance, eps under the root; those of a weight are float32
+_DIALECTS = ((True, False), (False, True))
+_FILTERS = (5, 3, 3, 3)
+# since a backend may make what it has made before in another way
+_TIMES = 2
+
 
 def disagreement(kernels: Eager, device: torch.device, dtype: torch.dtype) -> str:
     """What is wrong with a fused backend, by the plain path; empty if nothing is.
@@ -30,9 +36,15 @@ def disagreement(kernels: Eager, device: torch.device, dtype: torch.dtype) -> st
     try:
         with torch.no_grad(), _plainly(device):
             for trial in _TRIALS:
-                what = _difference(kernels, device, dtype, *trial)
-                if what:
-                    return f'{kernels!r} is wrong {where}: {what}'
+                for _ in range(_TIMES):
+                    what = _difference(kernels, device, dtype, *trial)
+                    if what:
+                        return f'{kernels!r} is wrong {where}: {what}'
+            if dtype == torch.float32:
+                for dialect in _DIALECTS * _TIMES:
+                    what = _weight_difference(kernels, device, *dialect)
+                    if what:
+                        return f'{kernels!r} is wrong {where}: {what}'
     except Exception as error:  # compilers and drivers raise what they like
         return f'{kernels!r} fails {where}: {said(error)}'
     return ''
@@ -63,12 +75,7 @@ def _difference(
     start: str,
     memory_format: torch.memory_format,
 ) -> str:
-    # of its own, so that nobody's random numbers are others
-    generator = torch.Generator('cpu').manual_seed(0)
-    like: Any = dict(generator=generator, device='cpu', dtype=torch.float32)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, **like).to(device)
+    draw = _generator(device)
 
     def large() -> Tensor:
         return draw(*_SHAPE).to(dtype).contiguous(memory_format=memory_format)
@@ -104,6 +111,36 @@ def _difference(
 
     names = ('y', 'dx', *(f'the gradient of {name}' for name in Affine._fields))
     names += tuple(f'running {name}' for name in estimates.Running._fields)
+    return _first_wrong(dtype, names, got, want)
+
+
+def _weight_difference(
+    kernels: Eager, device: torch.device, unbiased: bool, under_root: bool
+) -> str:
+    draw, plain = _generator(device), Eager()
+    weight, grad = draw(*_FILTERS), draw(*_FILTERS)
+    results = []
+    for backend in (kernels, plain):
+        result, saved = backend.standardize(weight, 1e-5, unbiased, under_root)
+        more = backend.standardize_backward(grad, weight, saved, unbiased, under_root)
+        results.append((result, more))
+    names = 'a standardized weight', 'the gradient of a weight'
+    return _first_wrong(torch.float32, names, *results)
+
+
+def _generator(device: torch.device) -> Callable[..., Tensor]:
+    """Equal random numbers each time, which moves no other generator."""
+    generator = torch.Generator('cpu').manual_seed(0)
+    like: Any = dict(generator=generator, device='cpu', dtype=torch.float32)
+    return lambda *shape: torch.randn(shape, **like).to(device)
+
+
+def _first_wrong(
+    dtype: torch.dtype,
+    names: Sequence[str],
+    got: Sequence[Optional[Tensor]],
+    want: Sequence[Optional[Tensor]],
+) -> str:
     for name, a, b in zip(names, got, want):
         if a is None or b is None:
             return f'there is no {name}'

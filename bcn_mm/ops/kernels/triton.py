@@ -10,20 +10,32 @@ import os
 import threading
 from contextlib import nullcontext
 from types import SimpleNamespace
-from typing import Any, ContextManager, Dict, NamedTuple, Optional, Sequence, Tuple
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    Hashable,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 import torch
 from torch import Tensor, nn
 
 from .. import estimates, stages
 from .._compat import increment_version
+from ..layout import dense, in_layout_of
 from ..stages import Affine, Batch, Moments, Spec, Sums
 from .eager import Eager
 from .trial import disagreement, said
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of a tile, and how many programs fill a card, by plain reasoning: no
-# card was at hand to measure them on.
+# Elements of a tile, and how many programs fill a card. Larger tiles, of more
+# threads or with more work each, took as long or longer on an H200.
 _TILE = 1024
 _PROGRAMS = 1024
 # Chunks of a row, and rows times chunks in a tile of the algebra, at most.
@@ -33,6 +45,9 @@ _LAST_CHANNELS = 32  # channels in a tile, channels-last
 # asked for, since what Triton does unasked is about to change
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
 _ALGEBRA = dict(num_warps=8, enable_fp_fusion=True)  # whose programs are few
+_FILTER = 2048  # weights of a filter that are looked at together
+_ALIGNED = 16  # bytes, which Triton asks of all that it reads in large pieces
+_KNOWN = 4096  # ways to make a pass that are remembered
 
 
 class Plan(NamedTuple):
@@ -46,9 +61,9 @@ class Plan(NamedTuple):
     values: int  # N L
     half: int  # R S, S being the chunks of each row
     chunks: int  # S
-    grid_of_chunks: Tuple[int]
+    chunk_programs: int
     chunked: Tuple[int, int, int, int, bool, int, int]  # C, L, S, chunk, ...
-    grid_of_tiles: Tuple[int]
+    tile_programs: int
     tiled: Tuple[int, int, int, bool, int, int]  # C, L, tiles of each row, ...
 
 
@@ -56,7 +71,7 @@ class GroupPlan(NamedTuple):
     """The same of the algebra, which a group is a program in."""
 
     sizes: Tuple[int, ...]  # half, N, R, C, D, L, S, chunk
-    tile: Dict[str, int]  # in samples, channels and chunks
+    tile: Tuple[int, int, int]  # BN samples by BD channels by BS chunks
 
 
 def _power(n: int) -> int:
@@ -87,9 +102,9 @@ def plan(n: int, c: int, length: int, last: bool) -> Plan:
         n * length,
         n * c * chunks,
         chunks,
-        (blocks * chunks,),
+        blocks * chunks,
         (c, length, chunks, chunk, *tile),
-        (blocks * tiles,),
+        blocks * tiles,
         (c, length, tiles, *tile),
     )
 
@@ -102,7 +117,7 @@ def group_plan(cut: Plan, depth: int) -> GroupPlan:
     bd = min(_power(depth), 64, max(1, _ROWS // bs))
     bn = min(_power(n), 256, max(1, _ROWS // (bs * bd)))
     sizes = cut.half, n, cut.rows, c, depth, length, chunks, chunk
-    return GroupPlan(sizes, dict(BN=bn, BD=bd, BS=bs))
+    return GroupPlan(sizes, (bn, bd, bs))
 
 
 def _plan_of(x: Tensor) -> Plan:
@@ -128,6 +143,8 @@ class Triton(Eager):
         self._lock = threading.Lock()
         self._objections: Dict[Tuple[torch.device, torch.dtype], str] = {}
         self._missing: Optional[str] = None  # unknown yet
+        self._direct = True  # whether to launch what is known to be compiled
+        self._compiled: Dict[Hashable, Dict[str, Any]] = {}
 
     # -- whether to take it --------------------------------------------------
 
@@ -148,7 +165,11 @@ class Triton(Eager):
                 )
             with self._lock:
                 if key not in self._objections:
-                    self._objections[key] = disagreement(self, *key)
+                    found = disagreement(self, *key)
+                    if found and self._direct:
+                        self._direct = False  # another Triton may lack that way
+                        found = disagreement(self, *key)
+                    self._objections[key] = found
         return self._objections[key]
 
     @staticmethod
@@ -168,6 +189,43 @@ class Triton(Eager):
                 self._missing = f'Triton cannot be imported: {said(error)}'
         return self._missing
 
+    # -- launches ------------------------------------------------------------
+
+    def _launcher(self, key: Optional[Hashable]) -> Callable[..., None]:
+        """A function that launches the kernels of a pass.
+
+        Triton looks at every argument to find what it has compiled for the like,
+        which takes longer than the launch. So what has been launched under an equal
+        key, each kernel once, is launched again as it was compiled then.
+
+        Args:
+            key (hashable, optional): All that decides what is compiled; None if
+                that is for Triton to find.
+        """
+        if len(self._compiled) > _KNOWN:
+            self._compiled.clear()
+        known: Dict[str, Any] = {}
+        stream = 0
+        if key is not None and self._direct:
+            known = self._compiled.setdefault(key, known)
+            stream = torch.cuda.current_stream().cuda_stream if known else 0
+
+        def launch(name: str, programs: int, options: dict, *args: Any) -> None:
+            made = known.get(name)
+            if made is None:
+                made = getattr(_kernels(), name + '_kernel')[(programs,)](
+                    *args, **options
+                )
+                if made is not None:  # as it is for the interpreter
+                    known[name] = made
+            else:
+                # what the kernel itself does in the end; the three that are None
+                # are there for a profiler of Triton's
+                how = stream, made.function, made.packed_metadata, None, None, None
+                made.run(programs, 1, 1, *how, *args)
+
+        return launch
+
     # -- whole passes --------------------------------------------------------
 
     def forward(
@@ -180,7 +238,7 @@ class Triton(Eager):
         batch: Optional[Tensor] = None,
         repeats: bool = False,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
-        cut, groups, kernels = _plan_of(x), spec.num_groups, _kernels()
+        cut, groups = _plan_of(x), spec.num_groups
         n, c = x.shape[:2]
         sizes, tile = group_plan(cut, c // groups)
         parts = x.new_empty(2 * cut.half + cut.rows, dtype=torch.float32)
@@ -192,20 +250,25 @@ class Triton(Eager):
         mean, var = running.mean.contiguous(), running.var.contiguous()
         unbiased = 1.0 if rule.estimate else cut.values / max(cut.values - 1, 1)
         # where estimates move, all samples of a group are one program's
-        portion = n if moves else tile['BN']
+        portion = n if moves else tile[0]
+        tensors = mean, var, passes, *_contiguous(affine), batch
+        numbers = portion, float(rule.momentum or 0), unbiased, float(rule.eps)
+        how = moves, rule.estimate, start, repeats
+        key = _key('forward', (x, *tensors), cut, *how, *spec)
         with _on_device_of(x):
-            kernels.moments_kernel[cut.grid_of_chunks](
-                x, parts, passes, cut.half, *cut.chunked, **_OPTIONS
-            )
-            tensors = mean, var, passes, *_contiguous(affine), batch
-            numbers = portion, float(rule.momentum or 0), unbiased, float(rule.eps)
-            how = moves, rule.estimate, start, repeats
-            kernels.stages_kernel[(groups * _ceil(n, portion),)](
-                parts, stats, coef, *tensors, *sizes, *numbers, *how, **tile, **_ALGEBRA
-            )
-            kernels.apply_kernel[cut.grid_of_tiles](
-                x, y, stats, coef, cut.rows, *cut.tiled, spec.relu, **_OPTIONS
-            )
+            launch = self._launcher(key)
+            launch(
+                'moments', cut.chunk_programs, _OPTIONS, x, parts, passes, cut.half,
+                *cut.chunked,
+            )  # fmt: skip
+            launch(
+                'stages', groups * _ceil(n, portion), _ALGEBRA, parts, stats, coef,
+                *tensors, *sizes, *numbers, *how, *tile,
+            )  # fmt: skip
+            launch(
+                'apply', cut.tile_programs, _OPTIONS, x, y, stats, coef, cut.rows,
+                *cut.tiled, spec.relu,
+            )  # fmt: skip
         if moves:
             for buffer, moved in zip(running[:2], (mean, var)):
                 if moved is not buffer:
@@ -223,7 +286,7 @@ class Triton(Eager):
         spec: Spec,
         needs_dx: bool,
     ) -> Tuple[Optional[Tensor], Affine]:
-        cut, groups, kernels = _plan_of(x), spec.num_groups, _kernels()
+        cut, groups = _plan_of(x), spec.num_groups
         (n, c), (sizes, tile) = x.shape[:2], group_plan(cut, x.shape[1] // groups)
         stats, gate = saved if spec.relu else (*saved, None)
         parts = x.new_empty(2 * cut.half, dtype=torch.float32)
@@ -232,25 +295,27 @@ class Triton(Eager):
         coef = x.new_empty(4 * cut.rows, dtype=torch.float32) if needs_dx else None
         dx = torch.empty_like(x) if needs_dx else None
         batch_weight, batch_bias, weight, _ = parameters = _contiguous(affine)
+        tensors = parts, stats, of_groups, coef, grads, *parameters[:3]
+        numbers = float(cut.values // n * c // groups), float(cut.values)
+        along_batch = rule.training and not rule.estimate
+        key = _key('backward', (dy, x, gate, *tensors), cut, along_batch, *spec)
         with _on_device_of(x):
-            kernels.reduce_kernel[cut.grid_of_chunks](
-                dy, x, stats, gate, parts, cut.half, cut.rows, *cut.chunked, **_OPTIONS
-            )
-            tensors = parts, stats, of_groups, coef, grads, *parameters[:3]
-            numbers = (
-                float(cut.values // n * c // groups),
-                float(cut.values),
-                float(rule.eps),
-            )
-            along_batch = rule.training and not rule.estimate
-            kernels.gradients_kernel[(groups,)](
-                *tensors, *sizes[:-1], *numbers, along_batch, **tile, **_ALGEBRA
-            )
+            launch = self._launcher(key)
+            launch(
+                'reduce', cut.chunk_programs, _OPTIONS, dy, x, stats, gate, parts,
+                cut.half, cut.rows, *cut.chunked,
+            )  # fmt: skip
+            launch(
+                'gradients', groups, _ALGEBRA, *tensors, *sizes[:-1], *numbers,
+                float(rule.eps), along_batch, *tile,
+            )  # fmt: skip
             if needs_dx:
-                kernels.gradient_kernel[cut.grid_of_tiles](
-                    dy, x, dx, stats, gate, coef, cut.rows, *cut.tiled, **_OPTIONS
-                )
-        d_factor, d_shift, d_weight, d_bias = grads.split([c, c, groups, groups])
+                launch(
+                    'gradient', cut.tile_programs, _OPTIONS, dy, x, dx, stats, gate,
+                    coef, cut.rows, *cut.tiled,
+                )  # fmt: skip
+        of_each = [c, c, groups, groups]
+        d_factor, d_shift, d_weight, d_bias = grads.split_with_sizes(of_each)
         return dx, Affine(
             None if batch_weight is None else d_factor,
             None if batch_bias is None else d_shift,
@@ -261,17 +326,18 @@ class Triton(Eager):
     # -- the four functions --------------------------------------------------
 
     def _moments(self, rows: Tensor, dtype: torch.dtype) -> Moments:
-        cut, kernels = _plan_of(rows), _kernels()
+        cut, launch = _plan_of(rows), self._launcher(None)
         parts = rows.new_empty(2 * cut.half + cut.rows, dtype=dtype)
         stats = rows.new_empty(2, *rows.shape[:2], dtype=dtype)
-        tile = group_plan(cut, 1).tile
+        bn, _, bs = group_plan(cut, 1).tile
+        numbers = cut.half, cut.rows, *cut.chunked[1:4]
         with _on_device_of(rows):
-            kernels.moments_kernel[cut.grid_of_chunks](
-                rows, parts, None, cut.half, *cut.chunked, **_OPTIONS
-            )
-            numbers = cut.half, cut.rows, *cut.chunked[1:4]
-            kernels.merge_kernel[(_ceil(cut.rows, tile['BN']),)](
-                parts, stats, *numbers, tile['BN'], tile['BS'], **_ALGEBRA
+            launch(
+                'moments', cut.chunk_programs, _OPTIONS, rows, parts, None, cut.half,
+                *cut.chunked,
+            )  # fmt: skip
+            launch(
+                'merge', _ceil(cut.rows, bn), _ALGEBRA, parts, stats, *numbers, bn, bs
             )
         mean, var = stats.unbind()
         return Moments(mean, var)
@@ -288,9 +354,10 @@ class Triton(Eager):
         coef = torch.stack(stages.forward(moments, batch, affine, spec))
         y = torch.empty_like(x)
         with _on_device_of(x):
-            _kernels().apply_kernel[cut.grid_of_tiles](
-                x, y, mean, coef, cut.rows, *cut.tiled, spec.relu, **_OPTIONS
-            )
+            self._launcher(None)(
+                'apply', cut.tile_programs, _OPTIONS, x, y, mean, coef, cut.rows,
+                *cut.tiled, spec.relu,
+            )  # fmt: skip
         return y
 
     def backward_reduce(
@@ -306,9 +373,10 @@ class Triton(Eager):
         parts = mean.new_empty(2, *mean.shape, cut.chunks)
         gate = _gate(moments, batch, affine, spec)
         with _on_device_of(x):
-            _kernels().reduce_kernel[cut.grid_of_chunks](
-                dy, x, mean, gate, parts, cut.half, cut.rows, *cut.chunked, **_OPTIONS
-            )
+            self._launcher(None)(
+                'reduce', cut.chunk_programs, _OPTIONS, dy, x, mean, gate, parts,
+                cut.half, cut.rows, *cut.chunked,
+            )  # fmt: skip
         dy_sum, moment = parts.sum(3) if cut.chunks > 1 else parts.squeeze(3)
         length = x.shape[2:].numel()
         return stages.backward_reduce(
@@ -331,10 +399,50 @@ class Triton(Eager):
         gate = _gate(moments, batch, affine, spec)
         dx = torch.empty_like(x)
         with _on_device_of(x):
-            _kernels().gradient_kernel[cut.grid_of_tiles](
-                dy, x, dx, mean, gate, coef, cut.rows, *cut.tiled, **_OPTIONS
-            )
+            self._launcher(None)(
+                'gradient', cut.tile_programs, _OPTIONS, dy, x, dx, mean, gate, coef,
+                cut.rows, *cut.tiled,
+            )  # fmt: skip
         return dx
+
+    # -- weight standardization ----------------------------------------------
+
+    def standardize(
+        self, weight: Tensor, eps: float, unbiased: bool, under_root: bool
+    ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
+        work = dense(weight)  # filter after filter
+        (out, fan), tile = _filters(work)
+        result = torch.empty_like(work)
+        saved = work.new_empty(3, out)
+        key = _key('standardize', (work, saved), work.shape, under_root)
+        with _on_device_of(work):
+            self._launcher(key)(
+                'standardize', out, _OPTIONS, work, result, saved, out, fan,
+                float(fan - unbiased), float(eps), under_root, tile,
+            )  # fmt: skip
+        if work is not weight:
+            result = torch.empty_like(weight).copy_(result)
+        return result, (saved,)
+
+    def standardize_backward(
+        self,
+        grad: Tensor,
+        weight: Tensor,
+        saved: Sequence[Tensor],
+        unbiased: bool,
+        under_root: bool,
+    ) -> Tensor:
+        work = dense(weight)
+        grad = in_layout_of(grad, work)
+        (out, fan), tile = _filters(work)
+        result = torch.empty_like(work)
+        key = _key('standardize_backward', (work, grad, *saved), work.shape)
+        with _on_device_of(work):
+            self._launcher(key)(
+                'standardize_backward', out, _OPTIONS, grad, work, result, *saved, out,
+                fan, tile,
+            )  # fmt: skip
+        return result
 
 
 @functools.lru_cache(maxsize=None)
@@ -344,6 +452,31 @@ def _kernels() -> Any:
 
     found = {**vars(triton_kernels), **vars(triton_stages)}
     return SimpleNamespace(**{k: v for k, v in found.items() if k.endswith('_kernel')})
+
+
+def _key(
+    name: str, tensors: Tuple[Optional[Tensor], ...], *facts: Hashable
+) -> Optional[Hashable]:
+    """All that decides what Triton compiles for the kernels of a pass.
+
+    None where a tensor is not aligned as all that torch allocates is.
+    """
+    addresses = 0
+    kinds: List[Optional[tuple]] = []
+    for t in tensors:
+        if t is not None:
+            addresses |= t.data_ptr()
+            kinds.append((t.dtype, t.get_device()))
+        else:
+            kinds.append(None)
+    return None if addresses % _ALIGNED else (name, tuple(kinds), facts)
+
+
+def _filters(weight: Tensor) -> Tuple[Tuple[int, int], int]:
+    """The filters of a weight and the weights of each, and of these in a tile."""
+    out = weight.shape[0]
+    fan = weight.numel() // max(out, 1)
+    return (out, fan), min(_power(fan), _FILTER)
 
 
 def _interprets() -> bool:

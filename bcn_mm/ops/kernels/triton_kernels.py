@@ -55,8 +55,9 @@ def moments_kernel(
 ):
     """Mean and sum of squares about it, of chunks.
 
-    Welford's updates, each lane for itself; then lanes are merged. All is about a
-    row's first value, so that no digits go to a mean that is far from 0.
+    Sums about the mean of the chunk's first tile, which the chunk's mean is at most
+    sqrt(tiles in it) standard deviations from, so that no digits go to it. The mean
+    is written about the row's first value, so that none go to that either.
     """
     n, c, c_ok, s = _place(C, S, BR)
     if passes is not None:  # noqa: SIM102  None cannot be loaded from
@@ -71,30 +72,26 @@ def moments_kernel(
     shift = x + tl.sum(_offsets(n, c, 0, C, L, LAST, 1), 1)
     shift = tl.load(shift, mask=c_ok, other=0.0).to(tl.float32)
     tile = x + _offsets(n, c, start, C, L, LAST, BL)
-    mean = tl.zeros((BR, BL), tl.float32)
-    square = tl.zeros((BR, BL), tl.float32)
-    for i in range(0, tl.cdiv(length, BL).to(tl.int32)):
-        ok = c_ok[:, None] & (i * BL + lane < length)[None, :]
-        value = tl.load(tile, mask=ok, other=0.0).to(tl.float32) - shift[:, None]
-        delta = tl.where(ok, value - mean, 0.0)
-        mean += delta * (1.0 / (i + 1))
-        square += delta * tl.where(ok, value - mean, 0.0)
+    ok = c_ok[:, None] & (lane < length)[None, :]
+    value = tl.load(tile, mask=ok, other=0.0).to(tl.float32)
+    offset = tl.where(ok, value - shift[:, None], 0.0)
+    about = shift + tl.sum(offset, 1) / tl.minimum(length, BL)
+    total = tl.where(ok, value - about[:, None], 0.0)
+    square = total * total
+    for i in range(1, tl.cdiv(length, BL).to(tl.int32)):
         tile += step
-    # how many values each lane has seen
-    count = ((length - lane + BL - 1) // BL).to(tl.float32)[None, :]
-    weight = count / length
-    seen = count > 0
-    first = tl.sum(tl.where(lane[None, :] == 0, mean, 0.0), 1)
-    delta = tl.where(seen, mean - first[:, None], 0.0)
-    centre = first + tl.sum(delta * weight, 1)
-    delta = tl.where(seen, mean - centre[:, None], 0.0)
-    # what rounding has left in the mean, which a small variance would feel
-    rest = tl.sum(delta * weight, 1)
-    square = tl.sum(square + delta * delta * count, 1) - rest * rest * length
+        ok = c_ok[:, None] & (i * BL + lane < length)[None, :]
+        value = tl.load(tile, mask=ok, other=0.0).to(tl.float32)
+        offset = tl.where(ok, value - about[:, None], 0.0)
+        total += offset
+        square += offset * offset
+    sums = tl.sum(total, 1)
+    mean = sums / length
+    spread = tl.sum(square, 1) - sums * mean
     row = n * C + c
     out = parts + row * S + s
-    tl.store(out, centre + rest, mask=c_ok)
-    tl.store(out + half, tl.where(square < 0, 0.0, square), mask=c_ok)
+    tl.store(out, (about - shift) + mean, mask=c_ok)
+    tl.store(out + half, tl.where(spread < 0, 0.0, spread), mask=c_ok)
     if s == 0:
         tl.store(parts + 2 * half + row, shift, mask=c_ok)
 
@@ -151,7 +148,7 @@ def reduce_kernel(
         else:
             grad = grad.to(tl.float32)
         total += grad
-        moment += tl.where(ok, grad * value, 0.0)
+        moment += grad * value
         tile += step
     out = parts + row * S + s
     tl.store(out, tl.sum(total, 1), mask=c_ok)
@@ -270,3 +267,82 @@ def merge_kernel(
     mean, var = merged_moments(parts, half, row, ok, L, S, chunk, BS)
     tl.store(stats + row, mean, mask=ok)
     tl.store(stats + R + row, var, mask=ok)
+
+
+# -- Weight Standardization, a filter of K weights a program ------------------------
+
+
+@triton.jit
+def standardize_kernel(
+    weight,
+    result,
+    saved,  # mean, gain and slope of filters, (3, out)
+    out,
+    K,
+    freedom,  # K, less 1 for an unbiased variance
+    eps,
+    UNDER_ROOT: tl.constexpr,  # else eps is added to the root
+    BK: tl.constexpr,
+):
+    """``gain (w - mean)``; slope is that of gain by the sum of squares, times -2."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BK)
+    filters = weight + row * K
+    total = tl.zeros((BK,), tl.float32)
+    for start in range(0, K, BK):
+        total += tl.load(filters + start + lane, mask=start + lane < K, other=0.0)
+    mean = tl.sum(total, 0) / K
+    total = tl.zeros((BK,), tl.float32)
+    square = tl.zeros((BK,), tl.float32)
+    for start in range(0, K, BK):
+        ok = start + lane < K
+        value = tl.load(filters + start + lane, mask=ok, other=0.0)
+        value = tl.where(ok, value - mean, 0.0)
+        total += value
+        square += value * value
+    # what rounding has left in the mean, which a small variance would feel
+    rest = tl.sum(total, 0) / K
+    var = tl.sum(square, 0) - rest * rest * K
+    var = tl.where(var < 0, 0.0, var) / freedom
+    if UNDER_ROOT:
+        gain = 1 / tl.sqrt_rn(var + eps)
+        slope = gain * gain * gain
+    else:
+        root = tl.sqrt_rn(var)
+        gain = 1 / (root + eps)
+        # a filter without variance has no direction to grow in
+        slope = tl.where(root == 0, 0.0, gain * gain / tl.where(root == 0, 1.0, root))
+    tl.store(saved + row, mean + rest)
+    tl.store(saved + out + row, gain)
+    tl.store(saved + 2 * out + row, slope / freedom)
+    for start in range(0, K, BK):
+        ok = start + lane < K
+        value = tl.load(filters + start + lane, mask=ok, other=0.0)
+        value = (value - mean - rest) * gain
+        tl.store(result + row * K + start + lane, value, mask=ok)
+
+
+@triton.jit
+def standardize_backward_kernel(grad, weight, result, saved, out, K, BK: tl.constexpr):
+    """``gain (dy - mean of dy) - slope (w - mean) sum of dy (w - mean)``."""
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BK)
+    mean = tl.load(saved + row)
+    gain = tl.load(saved + out + row)
+    slope = tl.load(saved + 2 * out + row)
+    total = tl.zeros((BK,), tl.float32)
+    moment = tl.zeros((BK,), tl.float32)
+    for start in range(0, K, BK):
+        ok = start + lane < K
+        at = row * K + start + lane
+        dy = tl.load(grad + at, mask=ok, other=0.0)
+        total += dy
+        moment += dy * (tl.load(weight + at, mask=ok, other=0.0) - mean)
+    dy_mean = tl.sum(total, 0) / K
+    slope *= tl.sum(moment, 0)
+    for start in range(0, K, BK):
+        ok = start + lane < K
+        at = row * K + start + lane
+        dy = tl.load(grad + at, mask=ok, other=0.0)
+        value = tl.load(weight + at, mask=ok, other=0.0) - mean
+        tl.store(result + at, gain * (dy - dy_mean) - slope * value, mask=ok)

@@ -4,6 +4,7 @@ Numbers are looked at through its interpreter, which has to be asked for before
 Triton is imported, so in processes of their own.
 """
 
+import math
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from conftest import needs_torch
 from support.operands import AFFINE, LAYOUTS, operands
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bcn_mm.ops import batch_channel_norm, kernels
+from bcn_mm.ops import batch_channel_norm, estimates, kernels, stages
 from bcn_mm.ops.kernels import eager, triton
 
 FOLDER = Path(__file__).parent
@@ -97,6 +98,8 @@ NAMES = [
         'reduce',
         'gradients',
         'gradient',
+        'standardize',
+        'standardize_backward',
     )
 ]
 
@@ -206,18 +209,125 @@ def test_every_position_is_of_one_tile_and_one_chunk(shape, last):
     tiles = cut.tiled[2]
     assert (tiles - 1) * bl < length <= tiles * bl
     blocks = n * -(-c // br)
-    assert cut.grid_of_chunks == (blocks * chunks,)
-    assert cut.grid_of_tiles == (blocks * tiles,)
+    assert cut.chunk_programs == blocks * chunks
+    assert cut.tile_programs == blocks * tiles
     if n * c * length < 1 << 40:
         assert blocks * tiles < 1 << 31
     assert br * bl <= 1024
     for depth in {1, c}:
         tile = triton.group_plan(cut, depth).tile
-        assert tile['BS'] >= chunks
-        assert tile['BN'] * tile['BD'] * tile['BS'] <= 1024
+        assert tile[2] >= chunks
+        assert math.prod(tile) <= 1024
     # powers of two, which Triton asks for
-    for size in (br, bl, *tile.values()):
+    for size in (br, bl, *tile):
         assert size & (size - 1) == 0
+
+
+class Compiled:
+    """What a launch gives back, and what it is launched with again."""
+
+    function, packed_metadata = 'function', 'metadata'
+
+    def __init__(self, name, again):
+        self.name, self.again = name, again
+
+    def run(self, *args):
+        self.again.append((self.name, args))
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A backend, the kernels that Triton has launched for it, and those again."""
+    first, again, backend = [], [], triton.Triton()
+
+    class Kernel:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            def call(*args, **options):
+                first.append((self.name, (*grid, 1, 1, *args)))
+                return Compiled(self.name, again)
+
+            return call
+
+    table = {name: Kernel(name) for name in NAMES}
+    monkeypatch.setattr(triton, '_kernels', lambda: type('Kernels', (), table))
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, 'current_stream', lambda: stream)
+    return backend, first, again
+
+
+def make_passes(backend, x, groups=4, training=True):
+    affine = {k: t.float() for k, t in operands(x.shape[1], groups).items()}
+    mean, var = affine.pop('running_mean'), affine.pop('running_var')
+    running = estimates.Running(mean, var, torch.tensor(0))
+    affine = stages.Affine(**affine)
+    rule = estimates.Rule(training, True, 0.1, 'average', 1e-5)
+    spec = stages.Spec(groups, 1e-5, False)
+    y, saved = backend.forward(x, running, rule, affine, spec)
+    backend.backward(y, x, saved, affine, rule, spec, True)
+    weight = torch.randn(8, 3, 3, 3)
+    _, saved = backend.standardize(weight, 1e-5, True, False)
+    backend.standardize_backward(weight, weight, saved, True, False)
+
+
+def alike(args):
+    return [a.shape if isinstance(a, torch.Tensor) else a for a in args]
+
+
+@pytest.mark.parametrize('layout', LAYOUTS)
+def test_equal_passes_launch_what_is_compiled(passes, layout):
+    backend, first, again = passes
+    x = layout(torch.randn(2, 16, 8, 8))
+    make_passes(backend, x)
+    assert len(first) == 8 and not again
+    make_passes(backend, x)
+    assert len(first) == 8 and len(again) == 8
+    for (name, given), (other, args) in zip(first, again):
+        # grid, stream, what was compiled, three that nobody listens to
+        how = args[3:9]
+        assert how == (7, 'function', 'metadata', None, None, None)
+        assert name == other and alike(given) == alike(args[:3] + args[9:])
+
+
+@pytest.mark.parametrize(
+    'other',
+    [
+        dict(x=torch.randn(2, 16, 8, 9)),
+        dict(x=torch.randn(3, 16, 8, 8)),
+        dict(x=torch.randn(2, 16, 8, 8).half()),
+        dict(x=torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last)),
+        dict(groups=2),
+        dict(x=torch.randn(2 * 16 * 8 * 8 + 1)[1:].view(2, 16, 8, 8)),
+    ],
+    ids=['size', 'samples', 'dtype', 'layout', 'groups', 'address'],
+)
+def test_other_passes_are_for_triton_to_compile(passes, other):
+    backend, first, again = passes
+    x = torch.randn(2, 16, 8, 8)
+    make_passes(backend, x)
+    first.clear()
+    for _ in range(2):  # an address that is not aligned never is
+        make_passes(backend, **dict(dict(x=x), **other))
+        assert len(first) >= 6
+        if other.get('x', x).data_ptr() % 16 == 0:
+            break
+        first.clear()
+
+
+def test_what_cannot_be_launched_again_is_launched_anew(monkeypatch):
+    monkeypatch.setattr(triton, '_interprets', lambda: True)
+    tried = []
+
+    def disagreement(backend, device, dtype):
+        tried.append(backend._direct)
+        return 'no such way' if backend._direct else ''
+
+    monkeypatch.setattr(triton, 'disagreement', disagreement)
+    backend = triton.Triton()
+    assert not backend.objection(torch.randn(2, 4))
+    assert tried == [True, False] and not backend._direct
 
 
 @pytest.fixture

@@ -77,9 +77,17 @@ def four_functions(passes, x, affine):
         passes.backward_input(x, x, sums, *known)
 
 
+def weights(passes, x, affine):
+    weight = torch.empty(64, 256, 3, 3, **OPERANDS)
+    for under_root in (False, True):
+        _, saved = passes.standardize(weight, 1e-5, True, under_root)
+    passes.standardize_backward(weight, weight, saved, True, under_root)
+
+
 @pytest.mark.parametrize(
     'call',
     [
+        weights,
         evaluation,
         repetition,
         other_estimates,

@@ -16,6 +16,7 @@ from support.operands import LAYOUTS
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
+from bcn_mm.ops import DIALECTS, standardize_weight
 from bcn_mm.ops.estimates import Rule, Running
 from bcn_mm.ops.kernels import BACKENDS, eager, trial, triton, using
 from bcn_mm.ops.stages import Affine, Batch, Spec
@@ -344,6 +345,38 @@ def test_layers_and_activation_checkpointing(estimate, reentrant):
         results.append((inputs.grad, *grads, *layer.buffers()))
     for result in results[1:]:
         torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('dialect', DIALECTS)
+@pytest.mark.parametrize('offset', [0.0, 100.0])
+@pytest.mark.parametrize(
+    'shape', [(3, 2, 1, 1), (5, 3, 3, 3), (2, 256, 3, 3), (2, 5000), (4, 2, 3)]
+)
+def test_weights(shape, offset, dialect):
+    weight = torch.randn(shape) + offset
+    grad = torch.randn(shape)
+    if len(shape) == 4:
+        weight = weight.to(memory_format=torch.channels_last)
+    results = []
+    for w, standardize in (
+        (weight, standardize_weight),
+        (weight.double(), reference.standardize),
+    ):
+        w = w.clone().requires_grad_()
+        result = standardize(w, dialect=dialect)
+        (back,) = torch.autograd.grad(result, w, grad.to(w.dtype))
+        results.append((result, back))
+    assert results[0][0].stride() == weight.stride()
+    for got, want in zip(*results):
+        assert (got.double() - want).abs().max() <= 2e-5 * max(1, want.abs().max())
+
+
+@pytest.mark.parametrize('dialect', DIALECTS)
+def test_filters_that_are_constant(dialect):
+    weight = torch.full((2, 3, 3, 3), 0.7, requires_grad=True)
+    result = standardize_weight(weight, dialect=dialect)
+    result.backward(torch.randn_like(weight))
+    assert result.abs().max() < 1e-2 and torch.isfinite(weight.grad).all()
 
 
 @library.jit
