@@ -4,6 +4,8 @@ A backend comes under all of them by being in ``BACKENDS``. The measure is the
 definition of reference.py in float64.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -34,6 +36,9 @@ CASES = {  # name -> shape of x, whether its mean is far from 0
     'far, one sample': ((1, 6, 40, 40), True),
     'far, L = 1': ((4, 12, 1, 1), True),
 }
+
+# times dtypes and layouts; Triton's interpreter takes a second for a few
+EXAMPLES = 6 if os.environ.get('TRITON_INTERPRET') == '1' else 30
 
 
 def _served():
@@ -192,7 +197,7 @@ def test_portions_change_nothing(
 
 @every_backend
 @every_layout
-@settings(max_examples=30)  # times four dtypes
+@settings(max_examples=EXAMPLES)
 @given(
     shape=st.tuples(*[st.integers(1, 5)] * 4),
     bad=st.lists(
@@ -228,7 +233,7 @@ def test_rows_do_not_see_each_other(kernels, dtype, layout, shape, bad, offset, 
 
 @every_backend
 @every_layout
-@settings(max_examples=30)  # times four dtypes
+@settings(max_examples=EXAMPLES)
 @given(
     n=st.integers(1, 3),
     size=st.integers(1, 7),
