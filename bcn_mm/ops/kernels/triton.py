@@ -1,8 +1,8 @@
 """The passes on CUDA as kernels in Triton: three launches forward, three back.
 
-What there is to launch is in triton_kernels.py and triton_stages.py; here it is
-cut into programs and launched. The first time that a device and dtype come by,
-the results are held against those of ordinary operators.
+What there is to launch is in triton_kernels.py and triton_stages.py, and into how
+many programs it is cut in triton_plan.py; here it is launched. The first time that a
+device and dtype come by, the results are held against those of ordinary operators.
 """
 
 import functools
@@ -17,7 +17,6 @@ from typing import (
     Dict,
     Hashable,
     List,
-    NamedTuple,
     Optional,
     Sequence,
     Tuple,
@@ -32,92 +31,14 @@ from ..layout import dense, in_layout_of
 from ..stages import Affine, Batch, Moments, Spec, Sums
 from .eager import Eager
 from .trial import disagreement, said
+from .triton_plan import Plan, ceil_div, filter_plan, group_plan, plan
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Elements of a tile, and how many programs fill a card. Larger tiles, of more
-# threads or with more work each, took as long or longer on an H200.
-_TILE = 1024
-_PROGRAMS = 1024
-# Chunks of a row, and rows times chunks in a tile of the algebra, at most.
-_CHUNKS = 256
-_ROWS = 1024
-_LAST_CHANNELS = 32  # channels in a tile, channels-last
 # asked for, since what Triton does unasked is about to change
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
 _ALGEBRA = dict(num_warps=8, enable_fp_fusion=True)  # whose programs are few
-_FILTER = 2048  # weights of a filter that are looked at together
 _ALIGNED = 16  # bytes, which Triton asks of all that it reads in large pieces
 _KNOWN = 4096  # ways to make a pass that are remembered
-
-
-class Plan(NamedTuple):
-    """How a shape is cut into programs, and the arguments that say so.
-
-    The last three of ``chunked`` and ``tiled`` are whether channels are what lies
-    side by side in memory, and the channels and positions of a tile.
-    """
-
-    rows: int  # R = N C
-    values: int  # N L
-    half: int  # R S, S being the chunks of each row
-    chunks: int  # S
-    chunk_programs: int
-    chunked: Tuple[int, int, int, int, bool, int, int]  # C, L, S, chunk, ...
-    tile_programs: int
-    tiled: Tuple[int, int, int, bool, int, int]  # C, L, tiles of each row, ...
-
-
-class GroupPlan(NamedTuple):
-    """The same of the algebra, which a group is a program in."""
-
-    sizes: Tuple[int, ...]  # half, N, R, C, D, L, S, chunk
-    tile: Tuple[int, int, int]  # BN samples by BD channels by BS chunks
-
-
-def _power(n: int) -> int:
-    """The smallest power of two that is not below n."""
-    return 1 << max(0, n - 1).bit_length()
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-@functools.lru_cache(maxsize=4096)
-def plan(n: int, c: int, length: int, last: bool) -> Plan:
-    """Cut (N, C, L), channels-last or not, into tiles and chunks."""
-    if last:
-        br = min(_power(c), _LAST_CHANNELS)
-        bl = min(_power(length), _TILE // br)
-    else:
-        bl = min(_power(length), _TILE)
-        br = min(_power(c), _TILE // bl)
-    blocks, tiles = n * _ceil(c, br), _ceil(length, bl)
-    chunks = min(tiles, _CHUNKS, _ceil(_PROGRAMS, blocks))
-    chunk = _ceil(tiles, chunks) * bl
-    chunks = _ceil(length, chunk)
-    tile = last, br, bl
-    return Plan(
-        n * c,
-        n * length,
-        n * c * chunks,
-        chunks,
-        blocks * chunks,
-        (c, length, chunks, chunk, *tile),
-        blocks * tiles,
-        (c, length, tiles, *tile),
-    )
-
-
-@functools.lru_cache(maxsize=4096)
-def group_plan(cut: Plan, depth: int) -> GroupPlan:
-    """Cut a group of N samples by D channels into tiles of rows."""
-    c, length, chunks, chunk = cut.chunked[:4]
-    n, bs = cut.rows // c, _power(chunks)
-    bd = min(_power(depth), 64, max(1, _ROWS // bs))
-    bn = min(_power(n), 256, max(1, _ROWS // (bs * bd)))
-    sizes = cut.half, n, cut.rows, c, depth, length, chunks, chunk
-    return GroupPlan(sizes, (bn, bd, bs))
 
 
 def _plan_of(x: Tensor) -> Plan:
@@ -262,7 +183,7 @@ class Triton(Eager):
                 *cut.chunked,
             )  # fmt: skip
             launch(
-                'stages', groups * _ceil(n, portion), _ALGEBRA, parts, stats, coef,
+                'stages', groups * ceil_div(n, portion), _ALGEBRA, parts, stats, coef,
                 *tensors, *sizes, *numbers, *how, *tile,
             )  # fmt: skip
             launch(
@@ -337,7 +258,14 @@ class Triton(Eager):
                 *cut.chunked,
             )  # fmt: skip
             launch(
-                'merge', _ceil(cut.rows, bn), _ALGEBRA, parts, stats, *numbers, bn, bs
+                'merge',
+                ceil_div(cut.rows, bn),
+                _ALGEBRA,
+                parts,
+                stats,
+                *numbers,
+                bn,
+                bs,
             )
         mean, var = stats.unbind()
         return Moments(mean, var)
@@ -411,7 +339,7 @@ class Triton(Eager):
         self, weight: Tensor, eps: float, unbiased: bool, under_root: bool
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         work = dense(weight)  # filter after filter
-        (out, fan), tile = _filters(work)
+        out, fan, tile = filter_plan(*work.shape)
         result = torch.empty_like(work)
         saved = work.new_empty(3, out)
         key = _key('standardize', (work, saved), work.shape, under_root)
@@ -434,7 +362,7 @@ class Triton(Eager):
     ) -> Tensor:
         work = dense(weight)
         grad = in_layout_of(grad, work)
-        (out, fan), tile = _filters(work)
+        out, fan, tile = filter_plan(*work.shape)
         result = torch.empty_like(work)
         key = _key('standardize_backward', (work, grad, *saved), work.shape)
         with _on_device_of(work):
@@ -470,13 +398,6 @@ def _key(
         else:
             kinds.append(None)
     return None if addresses % _ALIGNED else (name, tuple(kinds), facts)
-
-
-def _filters(weight: Tensor) -> Tuple[Tuple[int, int], int]:
-    """The filters of a weight and the weights of each, and of these in a tile."""
-    out = weight.shape[0]
-    fan = weight.numel() // max(out, 1)
-    return (out, fan), min(_power(fan), _FILTER)
 
 
 def _interprets() -> bool:
