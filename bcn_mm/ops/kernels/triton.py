@@ -36,7 +36,8 @@ from .triton_plan import Plan, ceil_div, filter_plan, group_plan, plan
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # asked for, since what Triton does unasked is about to change
 _OPTIONS = dict(num_warps=4, enable_fp_fusion=True)
-_ALGEBRA = dict(num_warps=8, enable_fp_fusion=True)  # whose programs are few
+_FEW = ('stages', 'gradients', 'merge')  # kernels whose programs are few
+_ALGEBRA = dict(num_warps=8, enable_fp_fusion=True)  # for these
 _ALIGNED = 16  # bytes, which Triton asks of all that it reads in large pieces
 _KNOWN = 4096  # ways to make a pass that are remembered
 
@@ -131,12 +132,12 @@ class Triton(Eager):
             known = self._compiled.setdefault(key, known)
             stream = torch.cuda.current_stream().cuda_stream if known else 0
 
-        def launch(name: str, programs: int, options: dict, *args: Any) -> None:
+        def launch(name: str, programs: int, *args: Any) -> None:
             made = known.get(name)
             if made is None:
-                made = getattr(_kernels(), name + '_kernel')[(programs,)](
-                    *args, **options
-                )
+                options = _ALGEBRA if name in _FEW else _OPTIONS
+                kernel = getattr(_kernels(), name + '_kernel')
+                made = kernel[(programs,)](*args, **options)
                 if made is not None:  # as it is for the interpreter
                     known[name] = made
             else:
@@ -178,18 +179,12 @@ class Triton(Eager):
         key = _key('forward', (x, *tensors), cut, *how, *spec)
         with _on_device_of(x):
             launch = self._launcher(key)
-            launch(
-                'moments', cut.chunk_programs, _OPTIONS, x, parts, passes, cut.half,
-                *cut.chunked,
-            )  # fmt: skip
-            launch(
-                'stages', groups * ceil_div(n, portion), _ALGEBRA, parts, stats, coef,
-                *tensors, *sizes, *numbers, *how, *tile,
-            )  # fmt: skip
-            launch(
-                'apply', cut.tile_programs, _OPTIONS, x, y, stats, coef, cut.rows,
-                *cut.tiled, spec.relu,
-            )  # fmt: skip
+            args: Tuple[Any, ...] = x, parts, passes, cut.half, *cut.chunked
+            launch('moments', cut.chunk_programs, *args)
+            args = parts, stats, coef, *tensors, *sizes, *numbers, *how, *tile
+            launch('stages', groups * ceil_div(n, portion), *args)
+            args = x, y, stats, coef, cut.rows, *cut.tiled, spec.relu
+            launch('apply', cut.tile_programs, *args)
         if moves:
             for buffer, moved in zip(running[:2], (mean, var)):
                 if moved is not buffer:
@@ -222,19 +217,14 @@ class Triton(Eager):
         key = _key('backward', (dy, x, gate, *tensors), cut, along_batch, *spec)
         with _on_device_of(x):
             launch = self._launcher(key)
-            launch(
-                'reduce', cut.chunk_programs, _OPTIONS, dy, x, stats, gate, parts,
-                cut.half, cut.rows, *cut.chunked,
-            )  # fmt: skip
-            launch(
-                'gradients', groups, _ALGEBRA, *tensors, *sizes[:-1], *numbers,
-                float(rule.eps), along_batch, *tile,
-            )  # fmt: skip
+            args: Tuple[Any, ...] = dy, x, stats, gate, parts, cut.half, cut.rows
+            args = *args, *cut.chunked
+            launch('reduce', cut.chunk_programs, *args)
+            args = *tensors, *sizes[:-1], *numbers, float(rule.eps), along_batch, *tile
+            launch('gradients', groups, *args)
             if needs_dx:
-                launch(
-                    'gradient', cut.tile_programs, _OPTIONS, dy, x, dx, stats, gate,
-                    coef, cut.rows, *cut.tiled,
-                )  # fmt: skip
+                args = dy, x, dx, stats, gate, coef, cut.rows, *cut.tiled
+                launch('gradient', cut.tile_programs, *args)
         of_each = [c, c, groups, groups]
         d_factor, d_shift, d_weight, d_bias = grads.split_with_sizes(of_each)
         return dx, Affine(
@@ -253,20 +243,9 @@ class Triton(Eager):
         bn, _, bs = group_plan(cut, 1).tile
         numbers = cut.half, cut.rows, *cut.chunked[1:4]
         with _on_device_of(rows):
-            launch(
-                'moments', cut.chunk_programs, _OPTIONS, rows, parts, None, cut.half,
-                *cut.chunked,
-            )  # fmt: skip
-            launch(
-                'merge',
-                ceil_div(cut.rows, bn),
-                _ALGEBRA,
-                parts,
-                stats,
-                *numbers,
-                bn,
-                bs,
-            )
+            args = rows, parts, None, cut.half, *cut.chunked
+            launch('moments', cut.chunk_programs, *args)
+            launch('merge', ceil_div(cut.rows, bn), parts, stats, *numbers, bn, bs)
         mean, var = stats.unbind()
         return Moments(mean, var)
 
@@ -282,10 +261,8 @@ class Triton(Eager):
         coef = torch.stack(stages.forward(moments, batch, affine, spec))
         y = torch.empty_like(x)
         with _on_device_of(x):
-            self._launcher(None)(
-                'apply', cut.tile_programs, _OPTIONS, x, y, mean, coef, cut.rows,
-                *cut.tiled, spec.relu,
-            )  # fmt: skip
+            args = x, y, mean, coef, cut.rows, *cut.tiled, spec.relu
+            self._launcher(None)('apply', cut.tile_programs, *args)
         return y
 
     def backward_reduce(
@@ -301,10 +278,8 @@ class Triton(Eager):
         parts = mean.new_empty(2, *mean.shape, cut.chunks)
         gate = _gate(moments, batch, affine, spec)
         with _on_device_of(x):
-            self._launcher(None)(
-                'reduce', cut.chunk_programs, _OPTIONS, dy, x, mean, gate, parts,
-                cut.half, cut.rows, *cut.chunked,
-            )  # fmt: skip
+            args = dy, x, mean, gate, parts, cut.half, cut.rows, *cut.chunked
+            self._launcher(None)('reduce', cut.chunk_programs, *args)
         dy_sum, moment = parts.sum(3) if cut.chunks > 1 else parts.squeeze(3)
         length = x.shape[2:].numel()
         return stages.backward_reduce(
@@ -327,10 +302,8 @@ class Triton(Eager):
         gate = _gate(moments, batch, affine, spec)
         dx = torch.empty_like(x)
         with _on_device_of(x):
-            self._launcher(None)(
-                'gradient', cut.tile_programs, _OPTIONS, dy, x, dx, mean, gate, coef,
-                cut.rows, *cut.tiled,
-            )  # fmt: skip
+            args = dy, x, dx, mean, gate, coef, cut.rows, *cut.tiled
+            self._launcher(None)('gradient', cut.tile_programs, *args)
         return dx
 
     # -- weight standardization ----------------------------------------------
@@ -344,10 +317,9 @@ class Triton(Eager):
         saved = work.new_empty(3, out)
         key = _key('standardize', (work, saved), work.shape, under_root)
         with _on_device_of(work):
-            self._launcher(key)(
-                'standardize', out, _OPTIONS, work, result, saved, out, fan,
-                float(fan - unbiased), float(eps), under_root, tile,
-            )  # fmt: skip
+            numbers = float(fan - unbiased), float(eps), under_root, tile
+            args = work, result, saved, out, fan, *numbers
+            self._launcher(key)('standardize', out, *args)
         if work is not weight:
             result = torch.empty_like(weight).copy_(result)
         return result, (saved,)
@@ -366,10 +338,8 @@ class Triton(Eager):
         result = torch.empty_like(work)
         key = _key('standardize_backward', (work, grad, *saved), work.shape)
         with _on_device_of(work):
-            self._launcher(key)(
-                'standardize_backward', out, _OPTIONS, grad, work, result, *saved, out,
-                fan, tile,
-            )  # fmt: skip
+            args = grad, work, result, *saved, out, fan, tile
+            self._launcher(key)('standardize_backward', out, *args)
         return result
 
 
