@@ -4,8 +4,8 @@ import functools
 import math
 from typing import NamedTuple, Tuple
 
-# Elements of a tile, and how many programs fill a card. Larger tiles, of more
-# threads or with more work each, took as long or longer on an H200.
+# Elements of a tile, and how many programs fill a card. On an H200 others took from
+# 9% less time to twice as long, mostly longer (docs/notes/performance.md).
 _TILE = 1024
 _PROGRAMS = 1024
 # Chunks of a row, and rows times chunks in a tile of the algebra, at most.
@@ -45,6 +45,7 @@ def _power(n: int) -> int:
 
 
 def ceil_div(a: int, b: int) -> int:
+    """The quotient, rounded up."""
     return -(-a // b)
 
 
