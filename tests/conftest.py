@@ -82,7 +82,9 @@ def log():
 def run(*command, timeout=600, cwd=ROOT, **environment):
     """Run a command of the user's; returns it with its output as text."""
     command = [str(word) for word in command]
-    if command[0] == sys.executable and command[1].endswith('.py'):
+    # what is imported may begin to use a GPU, which no fork can go on with
+    forks = command[0] == sys.executable and not torch.cuda.is_available()
+    if forks and command[1].endswith('.py'):
         from support import preloaded
 
         if not any(name.startswith(preloaded.READ_AT_START) for name in environment):

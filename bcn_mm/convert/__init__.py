@@ -11,6 +11,7 @@ from .conversion import to_bcn
 from .files import difference, read_config, write_config
 from .model import build_model, describe, in_scope, leftovers
 from .tree import PARTS, children, part_of, walk
+from .types import scope_of, type_name
 
 __all__ = [
     'PARTS',
@@ -23,7 +24,9 @@ __all__ = [
     'leftovers',
     'part_of',
     'read_config',
+    'scope_of',
     'to_bcn',
+    'type_name',
     'walk',
     'write_config',
 ]

@@ -16,12 +16,13 @@ from ..layers import BCN, is_replaceable
 from ..layers.replace import norms_kept
 from .context import WRAPPER, Change, Context
 from .tree import innermost, part_of, walk
+from .types import scope_of
 
 
 @contextmanager
 def in_scope(cfg: Config) -> Iterator[Registry]:
     """The model registry of a config's scope, e.g. mmdet's."""
-    scope = cfg.get('default_scope') or 'mmengine'
+    scope = scope_of(cfg) or 'mmengine'
     switched = MODELS.switch_scope_and_registry(scope)
     with DefaultScope.overwrite_default_scope(scope), switched as registry:
         yield registry
