@@ -12,14 +12,16 @@ from ..layers.replace import stock_norm
 from .context import WRAPPER, Change, Context
 from .pretrained import unfreeze
 from .tree import children, part_of, walk
+from .types import type_name
 
 # What takes the place of a convolution; others have no standardized
 # counterpart and are left alone.
+_BY_MMCV = ('ConvWS', 'ConvWS2d')  # as it is registered, and as a class
 _STANDARDIZED = {
-    None: 'WSConv2d',
+    '': 'WSConv2d',
     'Conv': 'WSConv2d',
     'Conv2d': 'WSConv2d',
-    'ConvWS': 'WSConv2d',
+    **dict.fromkeys(_BY_MMCV, 'WSConv2d'),
     'Conv1d': 'WSConv1d',
     'Conv3d': 'WSConv3d',
 }
@@ -166,7 +168,7 @@ def _norm_class(context: Context, value: Any) -> Optional[type]:
 
 def _class_of(context: Context, node: dict) -> Optional[type]:
     kind = node.get('type')
-    if kind == WRAPPER:
+    if type_name(kind) == WRAPPER:
         kind = node.get('component')
     if isinstance(kind, str):
         try:
@@ -211,12 +213,12 @@ def _standardize(
         context.keep(f'{path}.conv_cfg', None, note)
         return False
     given = node.get('conv_cfg', arguments.get('conv_cfg'))
-    kind = (given or {}).get('type')
+    kind = type_name(given)
     if kind in _STANDARDIZED:
         rest = {k: v for k, v in (given or {}).items() if k != 'type'}
         conv_cfg = ConfigDict(type=_STANDARDIZED[kind], **rest)
         context.change(node, 'conv_cfg', conv_cfg, path)
-        return kind != 'ConvWS'
+        return kind not in _BY_MMCV
     if kind not in _STANDARDIZED.values():
         note = f'{kind} has no standardized version'
         context.keep(f'{path}.conv_cfg', given, note)

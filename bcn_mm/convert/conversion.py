@@ -8,6 +8,7 @@ from mmengine.config import Config, ConfigDict
 from .components import convert_components
 from .context import Change, Context
 from .model import convert_by_model, in_scope
+from .new_style import is_new_style, use_classes
 from .pretrained import convert_checkpoints
 from .training import add_package, scale_batch_size
 from .tree import PARTS, find_detector
@@ -94,6 +95,8 @@ def to_bcn(
         convert_by_model(context, node, path)
         if context.norms:
             add_package(context, cfg)
+        if is_new_style(cfg):
+            use_classes(cfg)
     if batch_size is not None:
         scale_batch_size(context, cfg, batch_size)
     if changes is not None:

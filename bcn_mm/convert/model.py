@@ -16,7 +16,7 @@ from ..layers import BCN, is_replaceable
 from ..layers.replace import norms_kept
 from .context import WRAPPER, Change, Context
 from .tree import innermost, part_of, walk
-from .types import scope_of
+from .types import scope_of, type_name
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _wrap_components(context: Context, node: dict, path: str, model: nn.Module) 
             context.keep(where, what, 'belongs to no component of the config')
             continue
         component = components[owner]
-        if component.type != WRAPPER:
+        if type_name(component) != WRAPPER:
             before = component.type
             component.component = component.type
             component.type = WRAPPER

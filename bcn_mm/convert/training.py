@@ -3,6 +3,8 @@
 from mmengine.config import Config, ConfigDict
 
 from .context import Context
+from .new_style import is_new_style
+from .types import type_name
 
 _HOOK = 'SyncEstimatesHook'
 
@@ -12,11 +14,11 @@ def add_package(context: Context, cfg: Config) -> None:
     imports = cfg.get('custom_imports') or {}
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)
-    if 'bcn_mm' not in names:
+    if 'bcn_mm' not in names and not is_new_style(cfg):  # which imports types
         imports = ConfigDict({**imports, 'imports': names + ['bcn_mm']})
         context.change(cfg, 'custom_imports', imports, '')
     hooks = list(cfg.get('custom_hooks') or [])
-    if all(hook.get('type') != _HOOK for hook in hooks):
+    if all(type_name(hook) != _HOOK for hook in hooks):
         hooks.append(ConfigDict(type=_HOOK))
         context.change(cfg, 'custom_hooks', hooks, '')
 
