@@ -6,6 +6,7 @@ torch is installed, :mod:`bcn_mm.ops` can be used.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 from .version import __version__
 
@@ -26,6 +27,7 @@ __all__ = [
     'list_models',
     'replace_norms',
     'revert_sync_bcn',
+    'to_bcn',
 ]
 
 
@@ -75,3 +77,11 @@ else:
     from .recipes import get_config, get_model, list_models
 
     _compat.apply()
+
+    def __getattr__(name: str) -> Any:
+        """Import the converter, which training does not need, when it is asked for."""
+        if name == 'to_bcn':
+            from .convert import to_bcn
+
+            return to_bcn
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -8,7 +8,7 @@ the built model shows (``model.py``), and what stands beside the model
 
 from .context import Change
 from .conversion import to_bcn
-from .files import difference, read_config, write_config
+from .files import check_target, difference, read_config, write_config
 from .model import build_model, describe, in_scope, leftovers
 from .tree import PARTS, children, part_of, walk
 from .types import scope_of, type_name
@@ -17,6 +17,7 @@ __all__ = [
     'PARTS',
     'Change',
     'build_model',
+    'check_target',
     'children',
     'describe',
     'difference',

@@ -1,10 +1,13 @@
 """The steps from a stock config to a BCN config."""
 
 import copy
+import inspect
 from typing import List, Optional, Sequence
 
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import Registry
 
+from ..layers import BCN
 from .components import convert_components
 from .context import Change, Context
 from .model import convert_by_model, in_scope
@@ -12,6 +15,7 @@ from .new_style import is_new_style, use_classes
 from .pretrained import convert_checkpoints
 from .training import add_package, scale_batch_size
 from .tree import PARTS, find_detector
+from .types import type_name
 
 
 def to_bcn(
@@ -49,8 +53,8 @@ def to_bcn(
 
     Args:
         cfg (Config): Left as it is.
-        norm_cfg (dict, optional): What replaces the norms. Default:
-            ``dict(type='BCN')``.
+        norm_cfg (dict, optional): What replaces the norms, ``type='BCN'``
+            unless it says otherwise. Default: ``dict(type='BCN')``.
         ws (bool): Whether the convolutions of the components whose norms are
             replaced become weight-standardized. Default: False.
         only (Sequence[str], optional): The parts to convert, of
@@ -68,8 +72,9 @@ def to_bcn(
         Config: The converted copy.
 
     Raises:
-        ValueError: if the config has no model, ``only`` names no part or
-            ``batch_size`` does not fit the config.
+        ValueError: if the config has no model, ``norm_cfg`` is of no BCN,
+            ``only`` names no part, ``batch_size`` does not fit the config or
+            ``pretrained`` not its backbone.
 
     Example:
         >>> from bcn_mm.convert import read_config, to_bcn
@@ -86,8 +91,8 @@ def to_bcn(
     if 'model' not in cfg:
         raise ValueError('the config has no model')
     cfg = copy.deepcopy(cfg)
-    norm_cfg = ConfigDict(norm_cfg or dict(type='BCN'))
     with in_scope(cfg) as registry:
+        norm_cfg = _complete(norm_cfg, registry)
         context = Context(registry, norm_cfg, ws, only, pretrained)
         convert_components(context, cfg.model, 'model')
         node, path = find_detector(cfg.model, 'model')
@@ -102,3 +107,18 @@ def to_bcn(
     if changes is not None:
         changes += context.changes
     return cfg
+
+
+def _complete(norm_cfg: Optional[dict], registry: Registry) -> ConfigDict:
+    """What replaces the norms, its type checked."""
+    norm_cfg = ConfigDict({'type': 'BCN', **(norm_cfg or {})})
+    kind, name = norm_cfg.type, type_name(norm_cfg)
+    if isinstance(kind, str):
+        kind = registry.get(kind)
+    if not (inspect.isclass(kind) and issubclass(kind, BCN)):
+        what = 'no BCN' if kind else 'not registered'
+        raise ValueError(
+            f'norm_cfg: {name} is {what}; its type must be BCN or SyncBCN, or a '
+            f'subclass that the config imports'
+        )
+    return norm_cfg

@@ -8,6 +8,7 @@ from typing import List
 from mmengine.config import Config
 
 from .._files import replacing
+from ..errors import InputError
 from . import new_style
 
 
@@ -99,6 +100,23 @@ def _bases_elsewhere(recipe: str) -> List[str]:
     return found
 
 
+def check_target(source: str, path: str) -> None:
+    """Make sure that a file to write is none that its source is made of.
+
+    Args:
+        source (str): As of :func:`file_of`.
+        path (str): The file to write.
+
+    Raises:
+        InputError: if it is: it would inherit from itself.
+    """
+    if osp.realpath(path) in chain_of(source):
+        raise InputError(
+            f'{path} is part of {source}, which would inherit from itself; write '
+            f'another file'
+        )
+
+
 def difference(base: dict, new: dict) -> dict:
     """What a config that inherits from ``base`` must say to be ``new``."""
     if set(base) - set(new):
@@ -130,9 +148,11 @@ def write_config(cfg: Config, source: str, path: str) -> None:
             what it says was read back and found right.
 
     Raises:
-        InputError: if a new-style config cannot be imported from there.
+        InputError: if ``path`` is what the source is made of, or a new-style
+            config cannot be imported from there.
         RuntimeError: if the written config does not say what it should.
     """
+    check_target(source, path)
     folder = osp.dirname(osp.abspath(path))
     if Config._is_lazy_import(file_of(source)):
         stock = new_style.plain(read_config(source))

@@ -1,14 +1,16 @@
 """Checkpoints that a config starts from, and stages that it freezes."""
 
-import os.path as osp
 from typing import Any, Dict, Set
 
 from mmengine.config import Config, ConfigDict
 from torch import nn
 
+from ..errors import InputError
 from ..layers import BCN
+from ..weights.norm_layouts import INNER, State, layout_of
 from ..weights.reading import read_checkpoint
 from .context import Context
+from .model import build_model
 from .tree import part_of
 
 
@@ -53,7 +55,7 @@ def convert_checkpoints(context: Context, cfg: Config, node: dict, path: str) ->
 
     Raises:
         ValueError: if there are weights for a backbone, but none to take
-            them.
+            them, or they do not fit it.
     """
     if context.pretrained:
         _set_pretrained(context, node, path)
@@ -77,13 +79,43 @@ def _set_pretrained(context: Context, node: ConfigDict, path: str) -> None:
         raise ValueError('pretrained: the model has no backbone')
     checkpoint = context.pretrained
     init_cfg = ConfigDict(type='Pretrained', checkpoint=checkpoint)
-    if osp.isfile(checkpoint):
+    if '://' not in checkpoint:
         state = read_checkpoint(checkpoint)['state_dict']
         if any(key.startswith('backbone.') for key in state):
             init_cfg.prefix = 'backbone.'
+            state = {k[9:]: v for k, v in state.items() if k.startswith('backbone.')}
+        _check_fits(context, node.backbone, state)
     context.change(node.backbone, 'init_cfg', init_cfg, f'{path}.backbone')
     if node.get('pretrained'):
         context.change(node, 'pretrained', None, path)
+
+
+def _check_fits(context: Context, node: dict, state: State) -> None:
+    """Make sure that weights are BCN's, and of this backbone.
+
+    Raises:
+        InputError: names the first tensor that is not.
+    """
+    path = f'pretrained: checkpoint {context.pretrained}'
+    model = build_model({**node, 'init_cfg': None}, context.registry)
+    for name, layer in model.named_modules():
+        if isinstance(layer, BCN):
+            layout = layout_of(state, f'{name}.', layer.num_channels)
+            if layout in ('BatchNorm', 'GroupNorm'):
+                raise InputError(
+                    f'{path} was trained with {layout} ({name}), not with BCN; leave '
+                    f'it to the config, whose checkpoints load as far as they fit'
+                )
+            if layout in INNER:
+                return  # the authors' names; loading translates them
+    for name, value in model.state_dict().items():
+        given = getattr(state.get(name), 'shape', None)
+        if given != value.shape and not name.endswith('num_batches_tracked'):
+            given = 'absent' if given is None else tuple(given)
+            raise InputError(
+                f'{path} is of another backbone: {name} is {tuple(value.shape)} in '
+                f'the model and {given} in the file'
+            )
 
 
 def _review_checkpoint(

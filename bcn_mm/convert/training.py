@@ -15,8 +15,10 @@ def add_package(context: Context, cfg: Config) -> None:
     names = imports.get('imports') or []
     names = [names] if isinstance(names, str) else list(names)
     if 'bcn_mm' not in names and not is_new_style(cfg):  # which imports types
-        imports = ConfigDict({**imports, 'imports': names + ['bcn_mm']})
-        context.change(cfg, 'custom_imports', imports, '')
+        if imports:
+            context.change(imports, 'imports', names + ['bcn_mm'], 'custom_imports')
+        else:
+            context.change(cfg, 'custom_imports', ConfigDict(imports=['bcn_mm']), '')
     hooks = list(cfg.get('custom_hooks') or [])
     if all(type_name(hook) != _HOOK for hook in hooks):
         hooks.append(ConfigDict(type=_HOOK))

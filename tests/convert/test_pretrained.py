@@ -5,6 +5,7 @@ import torch
 from support.stock_configs import DEEPLAB, RETINA, STOCK, model_of
 
 from bcn_mm.convert import read_config, to_bcn
+from bcn_mm.errors import InputError
 
 
 def settings(source, **kwargs):
@@ -77,3 +78,33 @@ def test_pretrained_bcn_weights(tmp_path):
     cfg = to_bcn(read_config(DEEPLAB), pretrained='https://some.where/x.pth')
     assert cfg.model.pretrained is None
     assert cfg.model.backbone.init_cfg.checkpoint.endswith('x.pth')
+
+
+def bad_checkpoints():
+    source = read_config(STOCK['names its norm'])
+    source.model.backbone.update(init_cfg=None)
+    deep = model_of(to_bcn(source), 'cpu').backbone.state_dict()
+    plain = model_of(source, 'cpu').backbone.state_dict()
+    return {
+        'another depth': (deep, r'another backbone: layer\d.* absent|conv1'),
+        'BatchNorm': (plain, r'trained with BatchNorm \(bn1\)'),
+        'nothing of it': ({'a': torch.ones(1)}, 'another backbone'),
+    }
+
+
+@pytest.mark.parametrize('kind', ['another depth', 'BatchNorm', 'nothing of it'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_pretrained_weights_of_others(kind, prefix, tmp_path):
+    state, message = bad_checkpoints()[kind]
+    path = tmp_path / 'a.pth'
+    torch.save({prefix + k: v for k, v in state.items()}, path)
+    source = read_config(STOCK['names its norm'])
+    if kind == 'another depth':
+        source.model.backbone.depth = 101
+    with pytest.raises(InputError, match=f'a.pth .*{message}'):
+        to_bcn(source, pretrained=str(path))
+
+
+def test_pretrained_that_is_missing():
+    with pytest.raises(InputError, match='gone.pth does not exist'):
+        to_bcn(read_config(RETINA), pretrained='gone.pth')

@@ -83,6 +83,9 @@ def test_options(tmp_path, python):
         ([RETINA, '-o', 'x.py', '--only', 'feet'], 'unknown part feet'),
         ([RETINA, '-o', 'x.py', '--batch-size', '0'], 'must be positive'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'], 'momentun'),
+        ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=Foo'], 'Foo is not registered'),
+        ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=SyncBN'], 'SyncBN is no BCN'),
+        ([RETINA, '-o', 'x.py', '--pretrained', 'no.pth'], 'no.pth does not exist'),
     ],
 )
 def test_bad_input(words, message, tmp_path):
@@ -91,6 +94,85 @@ def test_bad_input(words, message, tmp_path):
     (line,) = re.findall('^error: .*$', done.stdout, re.M)
     assert done.returncode == 1 and message in line, done.stdout
     assert 'Traceback' not in done.stdout and not list(tmp_path.iterdir())
+
+
+def files_in(folder):
+    return {path: path.read_text() for path in folder.rglob('*') if path.is_file()}
+
+
+@pytest.mark.parametrize('target', ['a.py', 'b.py', 'c.py', 'link.py', 'folder/c.py'])
+def test_what_a_source_inherits_from_is_not_replaced(target, tmp_path, refused):
+    (tmp_path / 'folder').mkdir()
+    (tmp_path / 'a.py').write_text("_base_ = ['b.py']\n")
+    (tmp_path / 'b.py').write_text("_base_ = './folder/../folder/c.py'\n")
+    (tmp_path / 'c.py').symlink_to('folder/c.py')
+    (tmp_path / 'folder/c.py').write_text('model = dict(type="RetinaNet")\n')
+    (tmp_path / 'link.py').symlink_to('b.py')
+    before = files_in(tmp_path)
+    line = refused(TOOL, tmp_path / 'a.py', '-o', tmp_path / target, '--force')
+    assert 'inherit from itself' in line and target in line
+    assert files_in(tmp_path) == before
+
+
+def test_nothing_is_replaced_unasked(tmp_path, python, refused):
+    out = tmp_path / 'c.py'
+    out.write_text('mine = 1\n')
+    assert '--force replaces it' in refused(TOOL, RETINA, '-o', out)
+    assert out.read_text() == 'mine = 1\n'
+    shown = python(TOOL, RETINA, '-o', out, '--dry-run', COLUMNS='')
+    assert 'model.backbone.norm_cfg' in shown and 'Nothing was written.' in shown
+    assert out.read_text() == 'mine = 1\n'
+    assert python(TOOL, RETINA, '-o', out, '--force', '--quiet') == ''
+    assert Config.fromfile(out).model.backbone.norm_cfg == dict(type='BCN')
+
+
+def test_the_difference_is_one_that_patch_knows(tmp_path, python):
+    out = tmp_path / 'c.py'
+    shown = python(TOOL, RETINA, '-o', out, '--diff')
+    lines = shown.splitlines()
+    assert lines[0] == f'--- {RETINA}' and lines[1] == f'+++ {out}'
+    for sign, norm in (('-', 'BN'), ('+', 'BCN')):
+        assert any(x[:1] == sign and f"type='{norm}'" in x for x in lines)
+
+
+def test_a_list_shows_what_was_added_and_a_pipe_folds_nothing(tmp_path, python):
+    source = tmp_path / 'a.py'
+    source.write_text(
+        f"_base_ = '{RETINA}'\n"
+        "custom_hooks = [dict(type='EMAHook'), dict(type='SyncBuffersHook')]\n"
+        "custom_imports = dict(imports=['json'], allow_failed_imports=False)\n"
+    )
+    shown = python(TOOL, source, '-o', tmp_path / 'b.py', COLUMNS='')
+    (hooks,) = re.findall('custom_hooks .*', shown)
+    assert "and dict(type='SyncEstimatesHook')" in hooks and 'EMAHook' not in hooks
+    (imports,) = re.findall(r'custom_imports\.imports .*', shown)
+    assert "and 'bcn_mm'" in imports
+    assert "dict(type='Pretrained', checkpoint='torchvision://resnet50')" in shown
+
+
+def test_norm_cfg_of_one_setting(tmp_path, python):
+    out = tmp_path / 'c.py'
+    python(TOOL, RETINA, '-o', out, '--norm-cfg', 'num_groups=8')
+    assert Config.fromfile(out).model.backbone.norm_cfg == dict(
+        type='BCN', num_groups=8
+    )
+
+
+def test_a_recipe_becomes_one_that_stock_tools_read(tmp_path, python):
+    recipe = 'bcn_mm::retinanet/retinanet_r50_fpn_bcn-ws-all_1x_coco.py'
+    out = tmp_path / 'c.py'
+    python(TOOL, recipe, '-o', out, '--batch-size', 1)
+    assert 'bcn_mm::' not in out.read_text() and 'mmdet::' in out.read_text()
+    script = tmp_path / 'read.py'
+    script.write_text(
+        'import sys\n'
+        'from mmengine.config import Config\n'
+        'assert "bcn_mm" not in sys.modules\n'
+        f'print(Config.fromfile({str(out)!r}).model.backbone.norm_cfg)\n'
+    )
+    assert "'BCN'" in python(script)
+    want = to_bcn(read_config(recipe), batch_size=1)
+    assert Config.fromfile(out).to_dict() == want.to_dict()
 
 
 def options_of(data, loaders, **more):

@@ -8,21 +8,26 @@ What is written inherits from the source and says only what differs.
 """
 
 import argparse
+import difflib
+import os
 import os.path as osp
+import sys
 import warnings
 from collections import Counter
-from typing import List, Optional, Sequence
+from typing import Any, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config, DictAction
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.prompt import Confirm
 from rich.table import Table
 
 from bcn_mm.convert import (
     PARTS,
     Change,
     build_model,
+    check_target,
     describe,
     in_scope,
     leftovers,
@@ -49,6 +54,19 @@ def parse_args() -> argparse.Namespace:
         'source', help='a config file, or one of a package: mmdet::..., mmseg::...'
     )
     parser.add_argument('-o', '--out', required=True, help='the config to write, *.py')
+    parser.add_argument(
+        '--force', action='store_true', help='replace --out if it exists, unasked'
+    )
+    parser.add_argument(
+        '--dry-run', action='store_true', help='show what would change, write nothing'
+    )
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument(
+        '--diff',
+        action='store_true',
+        help='show the whole configs, line by line, instead of the table',
+    )
+    shown.add_argument('-q', '--quiet', action='store_true', help='show nothing')
     parser.add_argument(
         '--ws',
         action='store_true',
@@ -77,7 +95,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         action=DictAction,
         metavar='KEY=VALUE',
-        help='what replaces the norms (default: type=BCN)',
+        help='what replaces the norms: of type BCN (the default) or SyncBCN',
     )
     return parser.parse_args()
 
@@ -96,10 +114,31 @@ def norms_left(cfg: Config, only: Optional[Sequence[str]]) -> List[Change]:
     return rows
 
 
-def show(value) -> str:
+def show(value: Any) -> str:
     if isinstance(value, dict):
-        return f'dict({", ".join(f"{k}={v!r}" for k, v in value.items())})'
+        return f'dict({", ".join(f"{k}={show_inner(v)}" for k, v in value.items())})'
     return 'none' if value is None else str(value)
+
+
+def show_inner(value: Any) -> str:
+    if isinstance(value, (dict, type)):
+        return show(value) if isinstance(value, dict) else value.__name__
+    if isinstance(value, list):
+        return f'[{", ".join(map(show_inner, value))}]'
+    return repr(value)
+
+
+def show_both(change: Change) -> Tuple[str, str]:
+    """What was, and what is; of a list that was continued, what was added."""
+    before, after = change.before, change.after
+    if before == after:
+        return show(before), '(left alone)'
+    if isinstance(after, list):
+        old = list(before or ())
+        if after[: len(old)] == old:
+            added = ', '.join(map(show_inner, after[len(old) :]))
+            return (f'{len(old)} of them', f'and {added}') if old else ('none', added)
+    return show(before), show(after)
 
 
 def table_of(changes: List[Change], title: str) -> Table:
@@ -107,28 +146,39 @@ def table_of(changes: List[Change], title: str) -> Table:
     for heading in ('setting', 'before', 'after', 'note'):
         table.add_column(heading, overflow='fold')
     for change in changes:
-        same = change.before == change.after
-        after = '(left alone)' if same else show(change.after)
-        table.add_row(
-            escape(change.path),
-            escape(show(change.before)),
-            escape(after),
-            escape(change.note),
-        )
+        row = (change.path, *show_both(change), change.note)
+        table.add_row(*map(escape, row))
     return table
+
+
+def differing_lines(stock: Config, cfg: Config, names: Tuple[str, str]) -> str:
+    """The two configs, in full, as ``diff -u`` shows them."""
+    texts = [c.pretty_text.splitlines() for c in (stock, cfg)]
+    return '\n'.join(difflib.unified_diff(*texts, *names, lineterm=''))
+
+
+def may_replace(path: str) -> bool:
+    """Ask whoever is there."""
+    if not sys.stdin.isatty():
+        raise InputError(f'{path} exists; --force replaces it')
+    return Confirm.ask(f'{escape(path)} exists. Replace it?', default=False)
 
 
 def main() -> None:
     args = parse_args()
-    console = Console()
+    console = Console(quiet=args.quiet)
+    if not console.is_terminal and not os.environ.get('COLUMNS'):
+        console.width = 10_000  # a pipe folds nothing
     warnings.simplefilter('ignore')
     with one_line_errors():
         if not args.out.endswith('.py'):
             raise InputError(f'--out must be a .py file, but got {args.out}')
-        if osp.abspath(args.out) == osp.abspath(args.source):
-            raise InputError('--out must be another file than the source')
-        changes = []
         stock = read_config(args.source)
+        check_target(args.source, args.out)
+        exists = osp.exists(args.out) and not args.dry_run
+        if exists and not args.force and not may_replace(args.out):
+            return
+        changes: List[Change] = []
         cfg = to_bcn(
             stock,
             norm_cfg=args.norm_cfg,
@@ -144,12 +194,20 @@ def main() -> None:
             raise InputError(
                 f'the converted model cannot be built: {describe(e)}'
             ) from e
-        write_config(cfg, args.source, args.out)
-    if changes:
+        if not args.dry_run:
+            write_config(cfg, args.source, args.out)
+    if args.diff:
+        console.print(
+            differing_lines(stock, cfg, (args.source, args.out)),
+            markup=False,
+            soft_wrap=True,
+        )
+    elif changes:
         console.print(table_of(changes, f'{args.source} -> {args.out}'))
     if cfg.to_dict() == stock.to_dict():
         console.print('Nothing to change.')
-    console.print(f'Wrote {args.out}', soft_wrap=True)
+    done = 'Nothing was written.' if args.dry_run else f'Wrote {args.out}'
+    console.print(done, soft_wrap=True)
 
 
 if __name__ == '__main__':
