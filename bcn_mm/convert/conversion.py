@@ -13,7 +13,8 @@ from .context import Change, Context
 from .model import convert_by_model, in_scope
 from .new_style import is_new_style, use_classes
 from .pretrained import convert_checkpoints
-from .training import add_package, scale_batch_size
+from .rates import scale_batch_size
+from .training import add_package
 from .tree import PARTS, find_detector
 from .types import type_name
 
@@ -26,6 +27,7 @@ def to_bcn(
     batch_size: Optional[int] = None,
     pretrained: Optional[str] = None,
     changes: Optional[List[Change]] = None,
+    keep_epochs: bool = False,
 ) -> Config:
     """Make a BCN config of any config of mmdet, mmsegmentation or their kin.
 
@@ -60,13 +62,16 @@ def to_bcn(
         only (Sequence[str], optional): The parts to convert, of
             ``'backbone'``, ``'neck'``, ``'heads'`` and ``'other'``. Default:
             all.
-        batch_size (int, optional): Images per GPU. The learning rate and the
-            batch size that it is meant for are scaled by the same factor.
+        batch_size (int, optional): Images per GPU. The learning rates and the
+            batch size that they are meant for are scaled by the same factor.
             Default: as in ``cfg``.
         pretrained (str, optional): A checkpoint of the backbone, trained with
             BCN. Default: None.
         changes (list, optional): Receives a :class:`Change` for everything
             that was changed, or left alone for a reason.
+        keep_epochs (bool): Whether, with another ``batch_size``, what counts
+            iterations (the loop, schedulers, hooks) is stretched so that
+            training sees as many pictures as before. Default: False.
 
     Returns:
         Config: The converted copy.
@@ -103,7 +108,7 @@ def to_bcn(
         if is_new_style(cfg):
             use_classes(cfg)
     if batch_size is not None:
-        scale_batch_size(context, cfg, batch_size)
+        scale_batch_size(context, cfg, batch_size, keep_epochs)
     if changes is not None:
         changes += context.changes
     return cfg

@@ -102,9 +102,7 @@ def _are_numbers(value: Any) -> bool:
 def _is_rate(key: Any, value: Any) -> bool:
     """Whether a setting looks like a rate that is not relative to another."""
     key = str(key)
-    return bool(
-        _RATE.search(key) and not _RELATIVE.search(key) and _are_numbers(value)
-    )
+    return bool(_RATE.search(key) and not _RELATIVE.search(key) and _are_numbers(value))
 
 
 class _Once:
@@ -134,17 +132,17 @@ class _Rates(_Once):
         self.note = f'times {float(factor):g}'
         self._explained = False
 
-    def scale(self, node: dict, key: str, path: str, more: str = '') -> None:
+    def scale(self, node: dict, key: str, path: str) -> None:
         """Scale a number, or a list of numbers; others are none."""
-        value = node.get(key)
+        value: Any = node.get(key)
         if not _are_numbers(value) or not self.first(node, key):
             return
         factor = float(self.factor)
         if isinstance(value, (list, tuple)):
-            scaled = type(value)(v * factor for v in value)
+            value = type(value)(v * factor for v in value)
         else:
-            scaled = value * factor
-        self.context.change(node, key, scaled, path, self.note + more)
+            value = value * factor
+        self.context.change(node, key, value, path, self.note)
 
     def name_others(self, node: dict, path: str, why: str) -> None:
         """Name the rates of a dict that were not scaled."""
@@ -164,7 +162,8 @@ class _Rates(_Once):
             for key, group in (paramwise.get('custom_keys') or {}).items():
                 # beside lr_mult, what it holds goes into the parameter group
                 where = f'{path}.paramwise_cfg.custom_keys.{key}'
-                self.scale(group, 'lr', where)
+                if isinstance(group, dict):
+                    self.scale(group, 'lr', where)
         for path, node in walk(wrapper, 'optim_wrapper'):
             self.name_others(node, path, 'it is unknown what it is for')
         if not found:
@@ -184,12 +183,12 @@ class _Rates(_Once):
             return
         more = ''
         if lr is None:
-            optimizer = optimizer_with_default(optimizer)
-            if optimizer is None:
+            lr = _default_rate(optimizer)
+            if lr is None:
                 why = f'not scaled: the default of {name} is unknown'
                 self.context.keep(f'{path}.lr', None, why)
                 return
-            more = f', of the default {optimizer["lr"]:g}'
+            more = f', of the default {lr:g}'
         if _ADAPTIVE.search(name) and not self._explained:
             self._explained = True
             root = float(self.factor) ** 0.5
@@ -197,7 +196,9 @@ class _Rates(_Once):
                 f'; linear as --auto-scale-lr is, for {name} and its kin the '
                 f'square root (times {root:.3g}) is often advised'
             )
-        self.scale(optimizer, 'lr', path, more)
+        self.first(optimizer, 'lr')
+        lr = lr * float(self.factor)
+        self.context.change(optimizer, 'lr', lr, path, self.note + more)
 
     def scale_scheduler(self, scheduler: dict, path: str) -> None:
         """Scale what a scheduler of rates has that is not relative."""
@@ -230,7 +231,7 @@ class _Rates(_Once):
         one, which mmengine takes as a float: rounded, it would make the rate
         another one.
         """
-        base = scale.get('base_batch_size')
+        base: Any = scale.get('base_batch_size')
         if _is_number(base):
             exact = Fraction(base) * self.factor
             value = int(exact) if exact.denominator == 1 else float(exact)
@@ -239,22 +240,16 @@ class _Rates(_Once):
             )
 
 
-def optimizer_with_default(optimizer: dict) -> Optional[dict]:
-    """Give an optimizer of torch the rate that it has by default, in place.
-
-    Returns:
-        dict, optional: ``optimizer``; None if its default is unknown.
-    """
+def _default_rate(optimizer: dict) -> Optional[float]:
+    """The rate that an optimizer of torch has by default; None if unknown."""
     kind = optimizer.get('type')
     if not inspect.isclass(kind):
         kind = getattr(torch.optim, type_name(kind), None)
     if not inspect.isclass(kind):
         return None
     parameter = inspect.signature(kind).parameters.get('lr')
-    if parameter is None or not _is_number(parameter.default):
-        return None
-    optimizer['lr'] = parameter.default
-    return optimizer
+    default = parameter.default if parameter else None
+    return default if _is_number(default) else None
 
 
 class _Counts(_Once):
@@ -264,8 +259,6 @@ class _Counts(_Once):
         context (Context): Of the conversion.
         factor (Fraction): New number of batches in an epoch by old one.
     """
-
-    _HOOKS = dict(CheckpointHook=('interval', 'save_begin'))
 
     def __init__(self, context: Context, factor: Fraction) -> None:
         super().__init__(context)
@@ -326,7 +319,7 @@ class _Counts(_Once):
         if new and scheduler.get('end', _FOREVER) <= begin:  # rounded together
             self.context.change(scheduler, 'end', begin + 1, path, self.note)
         if new and 'Exponential' in type_name(scheduler):
-            gamma = scheduler.get('gamma')
+            gamma: Any = scheduler.get('gamma')
             if _is_number(gamma):  # the same over as many pictures
                 gamma = gamma ** float(1 / self.factor)
                 note = f'to the power of {float(1 / self.factor):g}'
@@ -341,6 +334,7 @@ class _Counts(_Once):
             self._stretch(hook, 'begin_iter', path)
         for key, value in hook.items():
             by_iteration = re.search(r'(^|_)iters?(_|$)', str(key))
-            if by_iteration and _are_numbers(value) and self.first(hook, key):
+            given = value and _are_numbers(value)
+            if by_iteration and given and self.first(hook, key):
                 why = 'not stretched: it is unknown what the hook does with it'
                 self.context.keep(f'{path}.{key}', value, why)

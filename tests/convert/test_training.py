@@ -14,5 +14,6 @@ def test_batch_size():
     assert to_bcn(cfg, batch_size=1).to_dict() == cfg.to_dict()
     back = to_bcn(cfg, batch_size=2)
     assert back.optim_wrapper == stock.optim_wrapper
-    poly = to_bcn(read_config(DEEPLAB), batch_size=1)
+    poly = to_bcn(read_config(DEEPLAB), batch_size=1, keep_epochs=True)
     assert poly.param_scheduler[0].eta_min == 1e-4 / 2
+    assert poly.param_scheduler[0].end == poly.train_cfg.max_iters == 160000
