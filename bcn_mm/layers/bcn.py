@@ -23,6 +23,7 @@ from ..weights.norm_layouts import (
     layout_of,
 )
 from ..weights.report import load_report
+from . import frozen
 from .levels import LevelCounter
 
 
@@ -268,6 +269,8 @@ class BCN(nn.GroupNorm):
     def train(self, mode: bool = True) -> 'BCN':
         if self._levels:
             self._levels.reset()
+        if self.weight is not None and not self.weight.requires_grad:
+            (frozen.watch if mode else frozen.forget)(self)
         return super().train(mode)
 
     def _group(self) -> Optional['dist.ProcessGroup']:
