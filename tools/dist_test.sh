@@ -17,6 +17,10 @@ config=$1
 checkpoint=$2
 processes=$3
 shift 3
+if [[ ! $processes =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
+    echo "error: PROCESSES must be a number, but got $processes" >&2
+    exit 1
+fi
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" \

@@ -16,6 +16,10 @@ fi
 config=$1
 processes=$2
 shift 2
+if [[ ! $processes =~ ^([1-9][0-9]*|auto|cpu|gpu)$ ]]; then
+    echo "error: PROCESSES must be a number, but got $processes" >&2
+    exit 1
+fi
 exec "${PYTHON:-python}" -m torch.distributed.run \
     --nnodes "${NNODES:-1}" --node-rank "${NODE_RANK:-0}" \
     --master-addr "${MASTER_ADDR:-127.0.0.1}" \

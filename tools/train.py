@@ -1,19 +1,28 @@
 """Train a detector or a segmenter."""
 
 import argparse
+import contextlib
 import os.path as osp
 
+from mmengine.dist import is_main_process
 from mmengine.runner import Runner
 
+from bcn_mm.convert import type_name
 from bcn_mm.engine.cli import (
     add_arguments,
+    check_folder,
     check_pretrained,
     load_config,
     one_line_errors,
 )
-from bcn_mm.engine.launch import build_runner, find_newest_checkpoint
+from bcn_mm.engine.launch import (
+    build_runner,
+    find_newest_checkpoint,
+    remove_drafts,
+    taken_back,
+)
 from bcn_mm.errors import InputError
-from bcn_mm.weights.reading import check_match, read_checkpoint
+from bcn_mm.weights.reading import check_match, check_resumable, read_checkpoint
 
 
 def parse_args() -> argparse.Namespace:
@@ -26,7 +35,10 @@ def parse_args() -> argparse.Namespace:
   python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=2
   torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch""",
     )
-    parser.add_argument('config', help='train config file')
+    parser.add_argument(
+        'config',
+        help='a config file, or one of a package: mmdet::..., mmseg::..., bcn_mm::...',
+    )
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
     parser.add_argument(
@@ -50,7 +62,7 @@ def configure(args: argparse.Namespace):
     """The config with everything that the arguments say merged in."""
     cfg = load_config(args)
     if args.amp:
-        kind = cfg.optim_wrapper.get('type', 'OptimWrapper')
+        kind = type_name(cfg.optim_wrapper) or 'OptimWrapper'
         if kind not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise InputError(
                 f'--amp needs optim_wrapper.type=OptimWrapper, '
@@ -59,7 +71,7 @@ def configure(args: argparse.Namespace):
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
     if args.auto_scale_lr:
-        if 'base_batch_size' not in cfg.get('auto_scale_lr', {}):
+        if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise InputError(
                 '--auto-scale-lr needs auto_scale_lr=dict('
                 'base_batch_size=...) in the config'
@@ -71,29 +83,46 @@ def configure(args: argparse.Namespace):
     return cfg
 
 
+def read_start(cfg) -> dict:
+    """The checkpoint that a training goes on from, if it is a local file.
+
+    Read whatever it is called, so that wrong ones are found before anything
+    is built or written.
+    """
+    source = cfg.get('load_from')
+    if not source or '://' in source:
+        return None
+    # what some strategies write, and FlexibleRunner reads
+    if osp.isdir(source) and 'runner_type' in cfg:
+        return None
+    checkpoint = read_checkpoint(source)
+    if cfg.get('resume') and 'runner_type' not in cfg:
+        check_resumable(checkpoint, source)
+    return checkpoint
+
+
 def main() -> None:
     args = parse_args()
-    with one_line_errors():
+    with one_line_errors(args.config), contextlib.ExitStack() as stack:
         cfg = configure(args)
+        check_folder(cfg.work_dir, '--work-dir')
         check_pretrained(cfg)
-        source = cfg.get('load_from')
-        if cfg.get('resume') and not source:
-            source = cfg.load_from = find_newest_checkpoint(cfg.work_dir)
-        # wrong files are found before anything is built or written
-        checkpoint = (
-            read_checkpoint(source)
-            if source and osp.splitext(source)[1] == '.pth' and '://' not in source
-            else None
-        )
+        if cfg.get('resume') and not cfg.get('load_from'):
+            cfg.load_from = find_newest_checkpoint(cfg.work_dir)
+        checkpoint = read_start(cfg)
+        stack.enter_context(taken_back(cfg.work_dir, cfg.filename))
         runner = build_runner(cfg)
         if isinstance(runner, Runner):  # FlexibleRunner builds all later
             if checkpoint and cfg.get('resume'):
-                check_match(runner.model, checkpoint, source)
+                check_match(runner.model, checkpoint, cfg.load_from)
             # missing annotations too, and what the optimizer refuses
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
             runner.train_loop, runner.val_loop  # noqa: B018
         del checkpoint
-    runner.train()
+    if is_main_process():
+        remove_drafts(cfg.work_dir)
+    with one_line_errors(args.config, only=InputError):  # a full disk
+        runner.train()
 
 
 if __name__ == '__main__':

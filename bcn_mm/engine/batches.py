@@ -7,7 +7,7 @@ from mmengine.config import Config
 from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
-from ..convert import walk
+from ..convert import scope_of, type_name, walk
 
 #: Of the configs that :func:`random_batch` takes.
 SCOPES = ('mmdet', 'mmseg')
@@ -45,12 +45,12 @@ def random_batch(
     Raises:
         ValueError: if the config is of another scope.
     """
-    scope = cfg.get('default_scope')
+    scope = scope_of(cfg)
     if scope == 'mmseg':
         return _segmentation_batch(cfg, batch_size, shape, device)
     if scope != 'mmdet':
         raise ValueError(f'cannot draw pictures for the scope {scope}')
-    kind = cfg.model.get('data_preprocessor', {}).get('type')
+    kind = type_name(cfg.model.get('data_preprocessor'))
     if kind == 'TrackDataPreprocessor':
         return _tracking_batch(cfg, shape, objects)
     batch = _detection_batch(cfg, batch_size, shape, objects, device)

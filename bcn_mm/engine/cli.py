@@ -4,16 +4,21 @@ Arguments, configs, the weights that a model starts from, and pictures.
 """
 
 import argparse
+import errno
 import os
+import re
 import sys
+import tempfile
 from contextlib import contextmanager
-from typing import Iterator, List
+from importlib.util import find_spec
+from typing import Any, Iterator, List, NoReturn, Optional, Type
 
 import cv2
 import numpy as np
 from mmengine.config import Config, DictAction
+from mmengine.registry import MODELS
 
-from ..convert import walk
+from ..convert import read_config, type_name, walk
 from ..errors import InputError
 from ..weights.reading import read_checkpoint
 
@@ -26,43 +31,81 @@ _SITE = 'github.com/joe-siyuan-qiao/Batch-Channel-Normalization'
 _PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
 
+# What mmengine calls weights to start from, as it is registered and as a class
+_STARTS = ('Pretrained', 'PretrainedInit')
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors(
+    config: Optional[str] = None, only: Type[Exception] = Exception
+) -> Iterator[None]:
     """Turn an exception into one line on stderr and exit status 1.
 
     For the part of a program that depends on what its user gave: arguments,
     config, files. ``BCN_MM_TRACEBACK=1`` shows the whole traceback instead.
+
+    Args:
+        config (str, optional): Is named where the exception is not one of
+            ours, which name what they are about.
+        only (type): The exceptions that are turned; a full disk always is.
     """
     try:
         yield
     except Exception as e:
-        if os.environ.get('BCN_MM_TRACEBACK'):
+        full = isinstance(e, OSError) and e.errno in _FULL
+        if os.environ.get('BCN_MM_TRACEBACK') or not (full or isinstance(e, only)):
             raise
         text = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
-        text = ' '.join(text.split()) or type(e).__name__
-        if not isinstance(e, (InputError, ValueError, FileNotFoundError)):
+        text = text if text.strip() else type(e).__name__
+        if full:
+            text = f'disk full: {text}'
+        elif not isinstance(e, (InputError, ValueError, FileNotFoundError)):
             text = f'{type(e).__name__}: {text}'
-        # straight to the descriptor: loggers may hold the streams
-        sys.stderr.flush()
-        print(f'error: {text} (BCN_MM_TRACEBACK=1 shows where)', file=sys.stderr)
-        sys.exit(1)
+        if config and not isinstance(e, InputError):
+            text = f'config {config}: {text}'
+        end(text)
+
+
+def end(text: str) -> NoReturn:
+    """Say what is wrong in one line on stderr, and exit with status 1."""
+    # straight to the descriptor: loggers may hold the streams
+    sys.stderr.flush()
+    text = ' '.join(text.split())
+    print(f'error: {text} (BCN_MM_TRACEBACK=1 shows where)', file=sys.stderr)
+    sys.exit(1)
+
+
+class Options(DictAction):
+    """``KEY=VALUE ...`` on a command line; other words end it in one line."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: Optional[str] = None,
+    ) -> None:
+        for word in values:
+            if not word.partition('=')[0].strip() or '=' not in word:
+                end(f'{option_string}: {word!r} must be KEY=VALUE')
+            try:
+                super().__call__(parser, namespace, [word], option_string)
+            except Exception as e:
+                end(f'{option_string} {word}: {e}')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that ``tools/train.py`` and ``tools/test.py`` share."""
+    """The arguments that ``tools/train.py`` and ``tools/test.py`` share.
+
+    They are what :func:`load_config` asks for beside ``config``.
+    """
     parser.add_argument(
         '--work-dir',
         help="where logs and results go (default: the config's, else "
         'work_dirs/NAME_OF_THE_CONFIG)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config, e.g. model.backbone.depth=101 '
-        'or model.neck.in_channels="[1,2,3]"',
-    )
+    _add_options(parser)
     parser.add_argument(
         '--launcher',
         choices=['none', 'pytorch', 'slurm', 'mpi'],
@@ -79,33 +122,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """``--cfg-options``, for tools that take no more of :func:`add_arguments`."""
+    _add_options(parser)
+    parser.set_defaults(work_dir=None, launcher='none', local_rank=0)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        action=Options,
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. model.backbone.depth=101 '
+        'or model.neck.in_channels="[1,2,3]"',
+    )
+
+
+def read_file(source: str) -> Config:
+    """Read a config, or say in one line why that cannot be done.
+
+    Args:
+        source (str): The path of a config, in either style, or one of an
+            installed package: ``'mmdet::...'``, ``'mmseg::...'``,
+            ``'bcn_mm::...'``.
+
+    Raises:
+        InputError: if there is none, it does not parse, raises or says
+            nothing, or its scope is not installed.
+    """
+    if '::' not in source:
+        if os.path.isdir(source):
+            raise InputError(f'config {source} is a folder: name a file in it')
+        if not os.path.isfile(source):
+            raise InputError(f'config {source} does not exist')
+    try:
+        cfg = read_config(source)
+    except (Exception, SystemExit) as e:  # a config may do anything
+        if '::' in source and isinstance(e, FileNotFoundError):
+            raise InputError(f'config {e}') from e
+        raise InputError(
+            f'config {source} cannot be read: {type(e).__name__}: {e}'
+        ) from e
+    if not cfg:
+        raise InputError(f'config {source} is empty')
+    if '::' in source:
+        # not that of what it was read through: logs and copies go by it
+        object.__setattr__(cfg, '_filename', source)
+    check_scope(cfg, source)
+    return cfg
+
+
+def check_scope(cfg: Config, source: str) -> None:
+    """Make sure that somebody registers types in the scope of a config.
+
+    Args:
+        cfg (Config): Of any style.
+        source (str): Its file, for the message.
+
+    Raises:
+        InputError: if there is neither a package nor a registry of its name.
+    """
+    scope = cfg.get('default_scope')
+    if scope is None or scope == MODELS.scope or scope in MODELS.children:
+        return
+    if not (isinstance(scope, str) and scope.isidentifier() and find_spec(scope)):
+        raise InputError(f'config {source} is of scope {scope!r}, which is not here')
+
+
 def load_config(args: argparse.Namespace) -> Config:
     """Read ``args.config`` and merge the shared arguments into it.
 
     Args:
-        args (Namespace): With ``config`` and what :func:`add_arguments` adds.
+        args (Namespace): With ``config`` and what :func:`add_arguments` or
+            :func:`add_options` adds.
 
     Raises:
-        InputError: if the file is missing, does not parse, or an option does
-            not fit it.
+        InputError: as of :func:`read_file`, or if an option does not fit.
     """
     path = args.config
-    if not os.path.isfile(path):
-        raise InputError(f'config {path} does not exist')
-    try:
-        cfg = Config.fromfile(path)
-    except Exception as e:
-        raise InputError(
-            f'config {path} cannot be read: {type(e).__name__}: {e}'
-        ) from e
+    cfg = read_file(path)
     try:
         cfg.merge_from_dict(args.cfg_options or {})
     except Exception as e:
         raise InputError(f'--cfg-options do not fit {path}: {e}') from e
+    check_scope(cfg, path)
     cfg.launcher = args.launcher
     os.environ.setdefault('LOCAL_RANK', str(args.local_rank))
     if args.work_dir or not cfg.get('work_dir'):
-        name = os.path.splitext(os.path.basename(path))[0]
+        name = os.path.splitext(os.path.basename(path.rpartition('::')[2]))[0]
         cfg.work_dir = args.work_dir or os.path.join('work_dirs', name)
     return cfg
 
@@ -125,23 +230,32 @@ def check_pretrained(cfg: Config) -> None:
             finite, says so.
     """
     for name, node in walk(cfg.get('model') or {}, 'model'):
-        path = node.get('checkpoint')
-        if node.get('type') != 'Pretrained' or '://' in str(path):
-            continue
-        if os.path.isfile(path):
-            read_checkpoint(path)
-            continue
-        source = _AUTHORS.get(os.path.basename(path))
-        get = (
-            f'get {source} from {_SITE} and convert it (python tools/'
-            f'model_converters/authors_to_mm.py {source} {path}), or '
-            if source
-            else ''
-        )
-        raise InputError(
-            f'{name}: checkpoint {path} does not exist; {get}start from '
-            f'random weights (--cfg-options {name}=None)'
-        )
+        if type_name(node) in _STARTS:
+            # one of a list goes with the list
+            _check_start(node.get('checkpoint'), re.sub(r'\.\d+$', '', name))
+        path = node.get('pretrained')
+        # other packages have models that know names of weights
+        if isinstance(path, str) and os.path.splitext(path)[1]:
+            _check_start(path, f'{name}.pretrained')
+
+
+def _check_start(path: Any, name: str) -> None:
+    if '://' in str(path):
+        return
+    if isinstance(path, str) and os.path.isfile(path):
+        read_checkpoint(path)
+        return
+    source = _AUTHORS.get(os.path.basename(str(path)))
+    get = (
+        f'get {source} from {_SITE} and convert it (python tools/'
+        f'model_converters/authors_to_mm.py {source} {path}), or '
+        if source
+        else ''
+    )
+    raise InputError(
+        f'{name}: checkpoint {path} does not exist; {get}start from '
+        f'random weights (--cfg-options {name}=None)'
+    )
 
 
 def forget_pretrained(model: dict) -> None:
@@ -153,6 +267,46 @@ def forget_pretrained(model: dict) -> None:
             node['init_cfg'] = [e for e in init_cfg if 'checkpoint' not in e]
         elif 'checkpoint' in (init_cfg or ()):
             node['init_cfg'] = None
+
+
+def check_folder(path: str, option: str) -> None:
+    """Make sure that a folder can be made and written to, without doing so.
+
+    Args:
+        path (str): It need not exist.
+        option (str): That named it, for the message.
+
+    Raises:
+        InputError: if it cannot.
+    """
+    place = os.path.abspath(path)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        below = '' if place == os.path.abspath(path) else f': {place}'
+        raise InputError(f'{option} {path}{below} is a file, not a folder')
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f'{option} {path}: {place} cannot be written to')
+
+
+def check_file(path: str, option: str) -> None:
+    """The same of a file, which is to be written whole."""
+    if os.path.isdir(path):
+        raise InputError(f'{option} {path} is a folder: name a file in it')
+    check_folder(os.path.dirname(os.path.abspath(path)), option)
+
+
+def claim_folder(path: str, option: str) -> None:
+    """Make a folder, and sure that files can be written there.
+
+    Raises:
+        InputError: if that cannot be done.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as e:
+        raise InputError(f'{option} {path} cannot be written to: {e.strerror}') from e
 
 
 def find_pictures(path: str) -> List[str]:

@@ -1,22 +1,28 @@
 """The runner of a config, on every launcher, with GPUs or without."""
 
 import atexit
+import errno
 import gc
 import glob
+import logging
 import os
+import shutil
 import subprocess
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Optional, Union
+from typing import Iterator, Optional, Set, Union
 
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.logging import MMLogger
 from mmengine.registry import MODEL_WRAPPERS, RUNNERS
 from mmengine.runner import Runner, find_latest_checkpoint
 from torch.nn.parallel import DistributedDataParallel
 
 from .._compat import refuse_code
 from .._files import replacing
+from ..convert import type_name
 from ..errors import InputError
 
 #: Launcher -> the environment variables in which it says which process this
@@ -37,15 +43,92 @@ _STARTERS = dict(pytorch='torchrun', slurm='srun', mpi='mpirun')
 class AtomicLocalBackend(LocalBackend):
     """mmengine's local files, written beside their target and moved there.
 
-    A process that dies while it writes leaves what was there before.
+    A process that dies while it writes, or finds the disk full, leaves what
+    was there before. So does one that makes room first: a checkpoint goes
+    when the next one has been written.
     """
 
+    #: checkpoints to remove
+    _due: Set[str] = set()
+
     def put(self, obj: bytes, filepath: Union[str, Path]) -> None:
-        """Write ``obj`` to ``filepath``, whole or not at all."""
-        with replacing(filepath) as draft, open(draft, 'wb') as file:
-            file.write(obj)
-            file.flush()
-            os.fsync(file.fileno())
+        """Write ``obj`` to ``filepath``, whole or not at all.
+
+        Raises:
+            InputError: if the disk is full.
+        """
+        try:
+            with replacing(filepath) as draft, open(draft, 'wb') as file:
+                file.write(obj)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as e:
+            if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise InputError(
+                f'disk full: {filepath} ({len(obj) >> 20} MB) was not written; '
+                f'what was there before is kept: make room and start again, a '
+                f'training with --resume'
+            ) from e
+        self._due.discard(os.path.abspath(filepath))
+        while self._due:
+            super().remove(self._due.pop())
+
+    def remove(self, filepath: Union[str, Path]) -> None:
+        """Remove a file; a checkpoint, with the next :meth:`put`."""
+        if str(filepath).endswith('.pth') and os.path.isfile(filepath):
+            self._due.add(os.path.abspath(filepath))
+        else:
+            super().remove(filepath)
+
+
+def remove_drafts(work_dir: str) -> None:
+    """Remove checkpoints half-written by processes that were killed."""
+    for draft in glob.glob(os.path.join(glob.escape(work_dir), '*.pth.part')):
+        os.remove(draft)
+
+
+@contextmanager
+def taken_back(work_dir: str, config: Optional[str]) -> Iterator[None]:
+    """What a runner that could not start wrote is taken back.
+
+    That is the folder of its logs, its copy of the config, and folders made
+    for them.
+
+    Args:
+        work_dir (str): Of the runner.
+        config (str, optional): Whose name the copy has.
+    """
+    work_dir = os.path.abspath(work_dir)
+    new, parent = [], work_dir
+    while not os.path.exists(parent):
+        new.append(parent)
+        parent = os.path.dirname(parent)
+    copy = Path(work_dir, os.path.basename(config)) if config else None
+    before = copy.read_bytes() if copy and copy.is_file() else None
+    known = set(os.listdir(work_dir)) if os.path.isdir(work_dir) else set()
+    try:
+        yield
+    except BaseException:
+        logger = MMLogger.get_current_instance()
+        for handler in list(logger.handlers):
+            if not isinstance(handler, logging.FileHandler):
+                continue  # and none on the ranks that write nothing
+            home, name = os.path.split(os.path.dirname(handler.baseFilename))
+            if home != work_dir or name in known:
+                continue
+            logger.removeHandler(handler)
+            handler.close()
+            shutil.rmtree(os.path.join(home, name))
+            if copy and before is not None:
+                copy.write_bytes(before)
+            elif copy:
+                with suppress(FileNotFoundError):
+                    copy.unlink()
+            with suppress(OSError):  # somebody else's files
+                for folder in new:
+                    os.rmdir(folder)
+        raise
 
 
 def find_newest_checkpoint(work_dir: str) -> Optional[str]:
@@ -103,7 +186,7 @@ def prepare_launch(cfg: Config) -> None:
     if not torch.cuda.is_available():
         torch.distributed.init_process_group('gloo')
         atexit.register(_destroy_gloo_group)
-        if (cfg.get('strategy') or {}).get('type') == 'FSDPStrategy':
+        if type_name(cfg.get('strategy')) == 'FSDPStrategy':
             _keep_fsdp_on_cpu(cfg.strategy)
         cfg.setdefault('model_wrapper_cfg', {})
         if _wraps_in_ddp(cfg.model_wrapper_cfg):
@@ -160,7 +243,7 @@ def _keep_buffers_local(cfg: Config) -> None:
     """
     strategy = cfg.get('strategy') or {}
     wrappers = [cfg.get('model_wrapper_cfg')]
-    if strategy.get('type') == 'DDPStrategy':
+    if type_name(strategy) == 'DDPStrategy':
         wrappers.append(strategy.get('model_wrapper'))
     for wrapper in wrappers:
         # a newer name of the same setting is an answer, too

@@ -21,6 +21,9 @@ def read_checkpoint(path: str) -> dict:
         InputError: if the file is missing, truncated, holds anything but
             data, holds no state dict, or one with numbers that are not finite.
     """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        raise InputError(f'checkpoint {path} is a folder: name a file in it')
     if not os.path.isfile(path):
         raise InputError(f'checkpoint {path} does not exist')
     try:
@@ -44,8 +47,14 @@ def read_checkpoint(path: str) -> dict:
     if 'state_dict' not in checkpoint:
         checkpoint = dict(state_dict=checkpoint)
     state = checkpoint['state_dict']
-    for name, value in state.items() if isinstance(state, dict) else ():
+    if not isinstance(state, dict):
+        raise InputError(
+            f'checkpoint {path} holds no state dict but a {type(state).__name__}'
+        )
+    for name, value in state.items():
         try:
+            if not isinstance(name, str):
+                raise ValueError(f'{name!r} is no name of a tensor')
             check_finite(name, value)
         except ValueError as e:
             raise InputError(f'checkpoint {path}: {e}') from e
@@ -69,7 +78,9 @@ def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
 
     def shapes(state: State) -> dict:
         return {
-            re.sub(r'^module\.', '', k): tuple(getattr(v, 'shape', ()))
+            re.sub(r'^module\.', '', k): (
+                tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__
+            )
             for k, v in state.items()
             if 'num_batches_tracked' not in k
         }
@@ -84,6 +95,29 @@ def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
         f"model's {len(own)} tensors match, out of {len(given)} in the file; "
         f'the first that does not is {name} (model: '
         f'{own.get(name, "absent")}, file: {given.get(name, "absent")})'
+    )
+
+
+def check_resumable(checkpoint: dict, path: str) -> None:
+    """Make sure that a training can go on from a checkpoint.
+
+    Args:
+        checkpoint (dict): As :func:`read_checkpoint` returns it.
+        path (str): Its file, for the message.
+
+    Raises:
+        InputError: if it has weights only, says how to start from them.
+    """
+    meta = checkpoint.get('meta')
+    if (
+        isinstance(meta, dict)
+        and {'epoch', 'iter'} <= set(meta)
+        and isinstance(checkpoint.get('message_hub'), dict)
+    ):
+        return
+    raise InputError(
+        f'checkpoint {path} does not say where its training was, and cannot be '
+        f'resumed; start from its weights (--cfg-options load_from={path})'
     )
 
 

@@ -10,17 +10,20 @@ import contextlib
 import os
 import tempfile
 import warnings
-from typing import Any, Callable
+from typing import Any, Callable, List
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DATASETS
 from rich.console import Console
 from rich.progress import track
 
 from bcn_mm._compat import refuse_code
+from bcn_mm.convert import scope_of, type_name
 from bcn_mm.engine.cli import (
+    add_options,
+    check_folder,
     check_picture,
     find_pictures,
     load_config,
@@ -40,7 +43,7 @@ def parse_args() -> argparse.Namespace:
       --score-thr 0.5 --device cuda:0""",
     )
     parser.add_argument('images', help='a picture, or a folder of them')
-    parser.add_argument('config', help='of an mmdet or mmseg model')
+    parser.add_argument('config', help='of an mmdet or mmseg model, or mmdet::...')
     parser.add_argument('checkpoint', help='its weights')
     parser.add_argument('--out-dir', required=True, help='where pictures are written')
     parser.add_argument(
@@ -60,17 +63,8 @@ def parse_args() -> argparse.Namespace:
         default='cuda:0' if torch.cuda.is_available() else 'cpu',
         help='(%(default)s)',
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
-    args = parser.parse_args()
-    # what load_config asks for beside these
-    args.work_dir, args.launcher, args.local_rank = None, 'none', 0
-    return args
+    add_options(parser)
+    return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -87,9 +81,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f'--device {args.device}: no such device') from e
     if device.type == 'cuda' and not torch.cuda.is_available():
         raise InputError(f'--device {args.device}: this torch sees no GPU')
+    check_folder(args.out_dir, '--out-dir')
     out = os.path.abspath(args.out_dir)
-    if os.path.exists(out) and not os.path.isdir(out):
-        raise InputError(f'--out-dir {args.out_dir} is a file')
     source = os.path.abspath(args.images)
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     if os.path.realpath(folder) == os.path.realpath(out):
@@ -99,9 +92,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
 
 
+def name_loaders(cfg: Config) -> None:
+    """Have the pipeline's loaders as the inferencers look for them, by names.
+
+    They replace the first and leave out that of annotations; of classes,
+    mmdet's knows the first and mmseg's none.
+    """
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    for step in dataset.pipeline:
+        if type_name(step) in ('LoadImageFromFile', 'LoadAnnotations'):
+            step.type = type_name(step)
+
+
 def build(cfg: Config, args: argparse.Namespace) -> Callable[[str, str], Any]:
     """A function that draws one picture into a folder."""
-    scope = cfg.get('default_scope')
+    scope = scope_of(cfg)
     if scope not in ('mmdet', 'mmseg'):
         raise InputError(
             f'{args.config} is of scope {scope!r}; pictures can be drawn for '
@@ -112,6 +119,7 @@ def build(cfg: Config, args: argparse.Namespace) -> Callable[[str, str], Any]:
             f'{args.config} needs test_dataloader, for what is done to '
             f'pictures, and visualizer'
         )
+    name_loaders(cfg)
     refuse_code()
     checkpoint = read_checkpoint(args.checkpoint)
     MMLogger.get_current_instance().setLevel('ERROR')
@@ -139,21 +147,43 @@ def build(cfg: Config, args: argparse.Namespace) -> Callable[[str, str], Any]:
     return lambda file, folder: inferencer(file, out_dir=folder, **how)
 
 
+def check_pictures(files: List[str]) -> None:
+    """Make sure, before a model is built, that there is one to draw on."""
+    for file in files:
+        try:
+            return check_picture(file)
+        except InputError as e:
+            error = e
+    raise error if len(files) == 1 else damaged(files, files)
+
+
+def damaged(bad: List[str], files: List[str]) -> InputError:
+    names = ', '.join(map(os.path.basename, bad))
+    return InputError(
+        f'{len(bad)} of {len(files)} pictures are damaged or no pictures: {names}'
+    )
+
+
 def main() -> None:
     args = parse_args()
     console = Console()
     warnings.simplefilter('ignore')
-    with one_line_errors():
+    with one_line_errors(args.config):
         check_arguments(args)
         files = find_pictures(args.images)
         cfg = load_config(args)
-        check_picture(files[0])
+        check_pictures(files)
         # what the inferencers print beside
         with open(os.devnull, 'w') as null, contextlib.redirect_stdout(null):
             draw = build(cfg, args)
         os.makedirs(args.out_dir, exist_ok=True)
+        bad = []
         for file in track(files, 'pictures', console=console):
-            check_picture(file)
+            try:
+                check_picture(file)
+            except InputError:
+                bad.append(file)
+                continue
             # moved from there, so that no half a picture is ever seen
             with tempfile.TemporaryDirectory('.part', dir=args.out_dir) as draft:
                 draw(file, draft)
@@ -163,10 +193,12 @@ def main() -> None:
                     os.path.join(args.out_dir, name),
                 )
         console.print(
-            f'Wrote {len(files)} pictures to {args.out_dir}',
+            f'Wrote {len(files) - len(bad)} pictures to {args.out_dir}',
             soft_wrap=True,
             highlight=False,
         )
+        if bad:
+            raise damaged(bad, files)
 
 
 if __name__ == '__main__':

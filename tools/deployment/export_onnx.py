@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from typing import Iterator, List
 
 import torch
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
@@ -24,6 +24,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from bcn_mm._files import replacing
+from bcn_mm.convert import scope_of, type_name
 from bcn_mm.deploy import (
     EXPORTERS,
     OPSET,
@@ -35,6 +36,8 @@ from bcn_mm.deploy import (
     onnx_difference,
 )
 from bcn_mm.engine.cli import (
+    add_options,
+    check_file,
     check_picture,
     find_pictures,
     forget_pretrained,
@@ -55,7 +58,9 @@ def parse_args() -> argparse.Namespace:
   python tools/deployment/export_onnx.py CONFIG CHECKPOINT --out model.onnx \\
       --images FOLDER --part backbone --exporter trace""",
     )
-    parser.add_argument('config', help='of an mmdet, mmseg, mmpretrain model')
+    parser.add_argument(
+        'config', help='of an mmdet, mmseg, mmpretrain model, or mmdet::...'
+    )
     parser.add_argument('checkpoint', nargs='?', help='weights (default: random ones)')
     parser.add_argument(
         '--out', required=True, metavar='FILE.onnx', help='what to write'
@@ -99,23 +104,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--opset', type=int, default=OPSET, help='of ONNX (%(default)s)'
     )
-    parser.add_argument(
-        '--cfg-options',
-        nargs='+',
-        action=DictAction,
-        metavar='KEY=VALUE',
-        help='override settings of the config',
-    )
-    args = parser.parse_args()
-    # what load_config asks for beside these
-    args.work_dir, args.launcher, args.local_rank = None, 'none', 0
-    return args
+    add_options(parser)
+    return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Whatever can be refused before the model is built."""
     if not args.out.endswith('.onnx'):
         raise InputError(f'--out must be an .onnx file, but got {args.out}')
+    check_file(args.out, '--out')
     if args.count < 1:
         raise InputError(f'--count must be at least 1, but got {args.count}')
     if not args.tolerance > 0:
@@ -141,7 +138,7 @@ def build(cfg: Config, checkpoint: str = None) -> nn.Module:
     if 'model' not in cfg:
         raise InputError(f'{cfg.filename} has no model')
     state = read_checkpoint(checkpoint) if checkpoint else None
-    init_default_scope(cfg.get('default_scope', 'mmengine'))
+    init_default_scope(scope_of(cfg) or 'mmengine')
     node = copy.deepcopy(cfg.model)
     # segmenters and classifiers otherwise take it from the top level
     if 'data_preprocessor' in cfg:
@@ -184,7 +181,7 @@ def preprocessed(cfg: Config, model: nn.Module, files: List[str]) -> Iterator[Te
     while 'dataset' in dataset:
         dataset = dataset.dataset
     pipeline = Compose(
-        [step for step in dataset.pipeline if 'Annotations' not in str(step['type'])]
+        [step for step in dataset.pipeline if 'Annotations' not in type_name(step)]
     )
     for file in files:
         check_picture(file)
@@ -210,7 +207,7 @@ def main() -> None:
     warnings.simplefilter('ignore')
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     console = Console()
-    with one_line_errors():
+    with one_line_errors(args.config):
         check_arguments(args)
         cfg = load_config(args)
         MMLogger.get_current_instance().setLevel('ERROR')

@@ -1,0 +1,57 @@
+"""Old-style configs said again in the new style, which mmdet's wheel lacks."""
+
+import inspect
+from pathlib import Path
+
+from mmengine import registry
+from mmengine.config import Config
+
+KINDS = [r for r in vars(registry).values() if isinstance(r, registry.Registry)]
+BASE = 'from mmengine.config import read_base\n\nwith read_base():\n    from .base import *'
+
+
+def class_of(name, scope):
+    """The class that is registered under a name, if that is one of a class."""
+    bare = name.rpartition('.')[2]
+    names = (f'{scope}.{bare}', bare) if bare[0].isupper() else ()
+    found = (kind.get(name) for name in names for kind in KINDS)
+    return next(filter(inspect.isclass, found), None)
+
+
+def code(value, scope, imports):
+    if isinstance(value, dict):
+        # where types are classes, no scope is asked for
+        items = {k: v for k, v in value.items() if k != '_scope_'}
+        kind = items.get('type')
+        kind = class_of(kind, scope) if isinstance(kind, str) else None
+        if kind:
+            del items['type']
+        words = [f'{k!r}: {code(v, scope, imports)}' for k, v in items.items()]
+        if kind:
+            name = f'{kind.__name__}_{len(imports)}'
+            imports[name] = f'from {kind.__module__} import {kind.__name__} as {name}'
+            words.append(f"'type': {name}")
+        return '{' + ', '.join(words) + '}'
+    if isinstance(value, (list, tuple)):
+        left, right = '[]' if isinstance(value, list) else '()'
+        return left + ''.join(f'{code(v, scope, imports)}, ' for v in value) + right
+    return repr(value)
+
+
+def write_class_config(source, folder, **settings):
+    """Write a config as one of classes that inherits by ``read_base()``.
+
+    Returns its path; where a type is no class, as of ``nms``, it stays a string.
+    """
+    cfg = Config.fromfile(source)
+    scope = cfg.pop('default_scope')
+    cfg.pop('custom_imports', None)
+    imports = {}
+    lines = [f'{k} = {code(v, scope, imports)}' for k, v in cfg.to_dict().items()]
+    folder = Path(folder)
+    folder.mkdir(exist_ok=True)
+    (folder / 'base.py').write_text('\n'.join([*imports.values(), *lines]))
+    own = [f'{k} = {v!r}' for k, v in dict(default_scope=None, **settings).items()]
+    path = folder / 'config.py'
+    path.write_text('\n'.join([BASE, *own]))
+    return path
