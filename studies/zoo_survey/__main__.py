@@ -1,4 +1,4 @@
-"""Convert every config of the installed mmdet and mmsegmentation to BCN.
+"""Convert every config of OpenMMLab's installed packages to BCN.
 
 For each config, the stock model is built, the config converted, written, read
 back and its model built; the norms of both are counted. For one config of each
@@ -18,6 +18,7 @@ from bcn_mm.engine.cli import one_line_errors
 
 from .report import report
 from .survey import survey
+from .zoo import PACKAGES
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,7 +28,15 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples, in the folder of the repository:
   python -m studies.zoo_survey --steps
-  python -m studies.zoo_survey --only "mmdet::fcos/*" --fresh""",
+  python -m studies.zoo_survey --only "mmdet::fcos/*" --fresh
+  python -m studies.zoo_survey --packages mmpretrain --json pretrain.json""",
+    )
+    parser.add_argument(
+        '--packages',
+        nargs='+',
+        choices=PACKAGES,
+        default=['mmdet', 'mmseg'],
+        help='whose configs, by the names they are imported by (mmdet mmseg)',
     )
     parser.add_argument(
         '--only',

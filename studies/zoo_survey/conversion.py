@@ -12,6 +12,7 @@ from bcn_mm.convert import (
     describe,
     in_scope,
     leftovers,
+    scope_of,
     to_bcn,
     write_config,
 )
@@ -31,9 +32,9 @@ def look_at(name: str, ws: bool, timeout: int) -> dict:
             cfg = read(name)
             if 'model' not in cfg:
                 return dict(skipped='no model')
-            if cfg.get('default_scope') not in PACKAGES:
+            if scope_of(cfg) not in PACKAGES:
                 return dict(skipped='of another scope')
-            key = repr((cfg.default_scope, cfg.model.to_dict(), ws))
+            key = repr((scope_of(cfg), cfg.model.to_dict(), ws))
             if key not in _seen:
                 _seen.clear()  # neighbours are alike, others are not
                 _seen[key] = _compare(cfg, name, ws)

@@ -27,12 +27,14 @@ def survey(args: argparse.Namespace) -> dict:
         ``steps``, by folder how its models trained.
 
     Raises:
-        InputError: if there is no such config, or the file is of other versions.
+        InputError: if there is no such config or package, or the file is of
+            other versions.
     """
-    names = configs(args.only)
+    names = configs(args.packages, args.only)
     if not names:
         raise InputError(f'no config matches {" ".join(args.only)}')
-    about = {d: version(d) for d in ('torch', 'mmcv', *PACKAGES.values())}
+    chosen = [PACKAGES[p] for p in args.packages]
+    about = {d: version(d) for d in ('torch', 'mmcv', *chosen)}
     about['ws'] = args.ws
     content = dict(about=about, configs={}, steps={})
     if args.json.is_file() and not args.fresh:

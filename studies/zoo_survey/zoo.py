@@ -7,8 +7,19 @@ from typing import Iterable, List
 
 from mmengine.config import Config
 
+from bcn_mm.errors import InputError
+
 #: Import name, which is also the scope of the configs -> name of the distribution.
-PACKAGES = dict(mmdet='mmdet', mmseg='mmsegmentation')
+PACKAGES = dict(
+    mmdet='mmdet',
+    mmseg='mmsegmentation',
+    mmpretrain='mmpretrain',
+    mmpose='mmpose',
+    mmdet3d='mmdet3d',
+    mmaction='mmaction2',
+    mmrotate='mmrotate',
+    mmyolo='mmyolo',
+)
 
 
 def home_of(package: str) -> Path:
@@ -16,12 +27,16 @@ def home_of(package: str) -> Path:
     return Path(find_spec(package).origin).parent / '.mim'
 
 
-def configs(patterns: Iterable[str]) -> List[str]:
-    """The configs of the installed packages, as ``package::path``."""
+def configs(packages: Iterable[str], patterns: Iterable[str]) -> List[str]:
+    """The configs of installed packages, as ``package::path``.
+
+    Raises:
+        InputError: if a package is not installed.
+    """
     found = []
-    for package in PACKAGES:
+    for package in packages:
         if find_spec(package) is None:
-            continue
+            raise InputError(f'{package} is not installed')
         folder = home_of(package) / 'configs'
         for path in sorted(folder.rglob('*.py')):
             name = path.relative_to(folder)

@@ -37,4 +37,6 @@ def test_survey(tmp_path, python):
         assert steps['converted']['moved'] > 0
     shown = python(*SURVEY, *words, '--ws', code=1)
     assert 'choose another --json, or --fresh' in shown
+    shown = python(*SURVEY, '--packages', 'mmyolo', code=1)
+    assert 'mmyolo is not installed' in shown
     assert 'no config matches' in python(*SURVEY, '--only', 'x::*', code=1)
