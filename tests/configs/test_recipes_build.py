@@ -8,6 +8,7 @@ import torch
 from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from mmengine.runner.checkpoint import get_external_models
 from support import authors
 from support.recipes import CONFIGS, NORMS, load, norm_of
 from torch import nn
@@ -81,6 +82,10 @@ def test_builds_as_it_says(path):
 def check_start(path, said, model):
     """The file that training starts from, of which the backbone is one."""
     convs = [m for m in model.modules() if isinstance(m, WSConv2d)]
+    if '-jhu_' in path.stem:
+        assert {m.dialect for m in convs} == {'std'}
+        check_jhu(said, model.backbone)
+        return
     assert {m.dialect for m in convs} == {'var'}
     if path.parent.name in ('resnet', 'cityscapes'):  # their COCO model has it
         assert not said.get('init_cfg')
@@ -104,6 +109,62 @@ def check_start(path, said, model):
             assert own.pop(f'{name}.weight') == m.weight.shape
             assert backbone.get_submodule(name).stride == m.stride or dilated(said)
     assert not own
+
+
+def check_jhu(said, backbone):
+    """mmdet's own backbone, in whose layout the recipe's is but for the norms."""
+    names = {'ResNet': 'resnet{}_gn_ws', 'ResNeXt': 'resnext{}_32x4d_gn_ws'}
+    name = names[said.type].format(said.depth)
+    assert f'jhu/{name}' in get_external_models()
+    checkpoint = f'open-mmlab://jhu/{name}'
+    assert said.init_cfg == dict(type='Pretrained', checkpoint=checkpoint)
+    with torch.device('meta'):
+        theirs = stock(said)
+    own = {k: v.shape for k, v in backbone.named_parameters()}
+    for name, value in theirs.named_parameters():
+        name = re.sub(r'\bgn(\d)', r'bn\1', name)
+        batch_stage = '.batch_'.join(name.rsplit('.', 1))
+        assert own.pop(batch_stage if batch_stage in own else name) == value.shape
+    assert all(shape == (32,) for shape in own.values())  # of channel stages
+
+
+def stock(said):
+    """A recipe's backbone with GroupNorm and mmcv's ConvWS, as in mmdet's gn+ws."""
+    norm_cfg, conv_cfg = dict(type='GN', num_groups=32), dict(type='ConvWS')
+    cfg = dict(said, norm_cfg=norm_cfg, conv_cfg=conv_cfg, init_cfg=None)
+    return importlib.import_module('mmdet.registry').MODELS.build(cfg)
+
+
+@pytest.mark.parametrize(
+    'path',
+    [p for p in CONFIGS if re.match('mask-rcnn_(r|x)50.*-jhu_', p.stem)],
+    ids=lambda p: p.stem,
+)
+def test_starts_by_itself(path, tmp_path, log):
+    """From a file in jhu's layout, in the place of what mmengine downloads."""
+    said = load(path).model.backbone
+    init_default_scope('mmdet')
+    theirs = stock(said)
+    for m in theirs.modules():
+        if isinstance(m, nn.GroupNorm):
+            nn.init.uniform_(m.weight, 0.5, 1.5)
+            nn.init.normal_(m.bias)
+    torch.save(dict(state_dict=theirs.state_dict()), tmp_path / 'jhu.pth')
+    said.init_cfg.checkpoint = str(tmp_path / 'jhu.pth')
+    own = importlib.import_module('mmdet.registry').MODELS.build(said)
+    log.clear()
+    own.init_weights()
+    assert sum('GroupNorm' in line for line in log) == 1
+    assert not any('missing' in line or 'unexpected' in line for line in log)
+    for name, m in theirs.named_modules():
+        layer = own.get_submodule(re.sub(r'\bgn(\d)', r'bn\1', name))
+        if isinstance(m, nn.GroupNorm):
+            assert torch.equal(layer.batch_weight, m.weight), name
+            assert torch.equal(layer.batch_bias, m.bias), name
+        elif isinstance(m, nn.Conv2d):
+            assert torch.equal(layer.weight, m.weight), name
+            x = torch.randn(1, m.in_channels, 8, 8, dtype=torch.double)
+            torch.testing.assert_close(layer.double()(x), m.double()(x))
 
 
 def dilated(backbone):

@@ -114,6 +114,7 @@ def in_order(recipes: Sequence[Recipe]) -> List[Recipe]:
             r.crop or '',
             BACKBONES.index(r.backbone),
             NORMS.index(r.norm),
+            len(r.path.stem),  # one that starts from other weights comes last
         ),
     )
 
