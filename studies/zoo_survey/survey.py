@@ -2,8 +2,8 @@
 
 import argparse
 import collections
+import importlib
 import json
-from importlib.metadata import version
 from typing import Callable, Dict, List
 
 from bcn_mm._files import write_json
@@ -13,7 +13,7 @@ from bcn_mm.errors import InputError
 from .conversion import look_at
 from .training import two_steps
 from .workers import gather
-from .zoo import PACKAGES, configs, folder_of
+from .zoo import configs, folder_of
 
 # How many configs of a folder may be tried until one trains.
 CANDIDATES = 2
@@ -33,8 +33,9 @@ def survey(args: argparse.Namespace) -> dict:
     names = configs(args.packages, args.only)
     if not names:
         raise InputError(f'no config matches {" ".join(args.only)}')
-    chosen = [PACKAGES[p] for p in args.packages]
-    about = {d: version(d) for d in ('torch', 'mmcv', *chosen)}
+    # the fork's distributions have other names
+    packages = ('torch', 'mmcv', *args.packages)
+    about = {p: importlib.import_module(p).__version__ for p in packages}
     about['ws'] = args.ws
     content = dict(about=about, configs={}, steps={})
     if args.json.is_file() and not args.fresh:

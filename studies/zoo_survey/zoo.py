@@ -9,16 +9,16 @@ from mmengine.config import Config
 
 from bcn_mm.errors import InputError
 
-#: Import name, which is also the scope of the configs -> name of the distribution.
-PACKAGES = dict(
-    mmdet='mmdet',
-    mmseg='mmsegmentation',
-    mmpretrain='mmpretrain',
-    mmpose='mmpose',
-    mmdet3d='mmdet3d',
-    mmaction='mmaction2',
-    mmrotate='mmrotate',
-    mmyolo='mmyolo',
+#: By the names they are imported by, which are also the scopes of their configs.
+PACKAGES = (
+    'mmdet',
+    'mmseg',
+    'mmpretrain',
+    'mmpose',
+    'mmdet3d',
+    'mmaction',
+    'mmrotate',
+    'mmyolo',
 )
 
 
