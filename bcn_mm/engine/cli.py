@@ -9,7 +9,8 @@ import os
 import re
 import sys
 import tempfile
-from contextlib import contextmanager
+import warnings
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
 from typing import Any, Iterator, List, NoReturn, Optional, Type
 
@@ -49,9 +50,12 @@ def one_line_errors(
         config (str, optional): Is named where the exception is not one of
             ours, which name what they are about.
         only (type): The exceptions that are turned; a full disk always is.
+            Of a part that turns all of them, warnings come at its end, if it
+            ends well.
     """
     try:
-        yield
+        with warnings_held() if only is Exception else nullcontext():
+            yield
     except Exception as e:
         full = isinstance(e, OSError) and e.errno in _FULL
         if os.environ.get('BCN_MM_TRACEBACK') or not (full or isinstance(e, only)):
@@ -65,6 +69,20 @@ def one_line_errors(
         if config and not isinstance(e, InputError):
             text = f'config {config}: {text}'
         end(text)
+
+
+@contextmanager
+def warnings_held() -> Iterator[None]:
+    """Show warnings at the end, and none where that is an exception."""
+    held = []
+    show = warnings.showwarning
+    warnings.showwarning = lambda *args: held.append(args)
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
+    for args in held:
+        show(*args)
 
 
 def end(text: str) -> NoReturn:
@@ -158,6 +176,9 @@ def read_file(source: str) -> Config:
             raise InputError(f'config {source} does not exist')
     try:
         cfg = read_config(source)
+        # imports what a new-style config says its model is made of
+        for _ in walk(cfg.get('model')):
+            pass
     except (Exception, SystemExit) as e:  # a config may do anything
         if '::' in source and isinstance(e, FileNotFoundError):
             raise InputError(f'config {e}') from e
@@ -279,21 +300,24 @@ def check_folder(path: str, option: str) -> None:
     Raises:
         InputError: if it cannot.
     """
-    place = os.path.abspath(path)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    if not os.path.isdir(place):
-        below = '' if place == os.path.abspath(path) else f': {place}'
-        raise InputError(f'{option} {path}{below} is a file, not a folder')
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise InputError(f'{option} {path}: {place} cannot be written to')
+    _check_place(os.path.abspath(path), f'{option} {path}')
 
 
 def check_file(path: str, option: str) -> None:
     """The same of a file, which is to be written whole."""
     if os.path.isdir(path):
         raise InputError(f'{option} {path} is a folder: name a file in it')
-    check_folder(os.path.dirname(os.path.abspath(path)), option)
+    _check_place(os.path.dirname(os.path.abspath(path)), f'{option} {path}')
+
+
+def _check_place(folder: str, what: str) -> None:
+    while not os.path.lexists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder):
+        where = '' if what.endswith(folder) else f': {folder}'
+        raise InputError(f'{what}{where} is a file, not a folder')
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f'{what}: {folder} cannot be written to')
 
 
 def claim_folder(path: str, option: str) -> None:

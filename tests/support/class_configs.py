@@ -1,13 +1,18 @@
 """Old-style configs said again in the new style, which mmdet's wheel lacks."""
 
+import importlib
 import inspect
-from pathlib import Path
 
 from mmengine import registry
 from mmengine.config import Config
 
 KINDS = [r for r in vars(registry).values() if isinstance(r, registry.Registry)]
-BASE = 'from mmengine.config import read_base\n\nwith read_base():\n    from .base import *'
+START = """from mmengine.config import read_base
+
+with read_base():
+    from .base import *
+default_scope = None
+"""
 
 
 def class_of(name, scope):
@@ -38,20 +43,32 @@ def code(value, scope, imports):
     return repr(value)
 
 
-def write_class_config(source, folder, **settings):
+def write_class_config(source, folder, text=''):
     """Write a config as one of classes that inherits by ``read_base()``.
 
-    Returns its path; where a type is no class, as of ``nms``, it stays a string.
+    Where a type is no class, as of ``nms``, it stays a string.
+
+    Args:
+        source (str): An old-style config.
+        folder (Path): Where both files go.
+        text (str): What the config says beside, as Python.
+
+    Returns:
+        Path: of the config.
     """
     cfg = Config.fromfile(source)
     scope = cfg.pop('default_scope')
     cfg.pop('custom_imports', None)
+    register_all_modules_of(scope)
     imports = {}
     lines = [f'{k} = {code(v, scope, imports)}' for k, v in cfg.to_dict().items()]
-    folder = Path(folder)
     folder.mkdir(exist_ok=True)
     (folder / 'base.py').write_text('\n'.join([*imports.values(), *lines]))
-    own = [f'{k} = {v!r}' for k, v in dict(default_scope=None, **settings).items()]
     path = folder / 'config.py'
-    path.write_text('\n'.join([BASE, *own]))
+    path.write_text(START + text)
     return path
+
+
+def register_all_modules_of(scope):
+    utils = importlib.import_module(f'{scope}.utils')
+    utils.register_all_modules(init_default_scope=False)
