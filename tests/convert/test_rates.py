@@ -4,9 +4,12 @@ import copy
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.config import Config, ConfigDict
+from mmengine.hooks import Hook
+from mmengine.model import BaseModel
 from mmengine.optim import OptimWrapperDict, build_optim_wrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, PARAM_SCHEDULERS
 from mmengine.runner import Runner
@@ -55,7 +58,7 @@ def net():
     )
 
 
-def rates(cfg):
+def rates(cfg, steps=STEPS):
     """The rate of every parameter group before each step and after the last."""
     wrapper = build_optim_wrapper(net(), cfg.optim_wrapper)
     several = isinstance(wrapper, OptimWrapperDict)
@@ -68,7 +71,7 @@ def rates(cfg):
             args = dict(optimizer=one)
             schedulers.append(PARAM_SCHEDULERS.build(scheduler, default_args=args))
     seen = []
-    for _ in range(STEPS + 1):
+    for _ in range(steps + 1):
         groups = (
             [g for w in wrapper.values() for g in w.optimizer.param_groups]
             if several
@@ -156,6 +159,77 @@ def test_every_rate_is_scaled(kind, batch_size):
         factor = batch_size / 4
         assert got[step] == pytest.approx([r * factor for r in want[step]], rel=1e-9)
     assert len({tuple(r) for r in want}) > 20  # it is a schedule
+
+
+@pytest.mark.parametrize('kind', ['sgd', 'adamw', 'one cycle', 'poly', 'restarts'])
+def test_stretched_schedule(kind):
+    """After as many pictures, the rate is the stock one times the factor."""
+    wrapper, schedulers = RATES[kind]
+    settings = dict(optim_wrapper=wrapper, param_scheduler=schedulers)
+    stock, cfg, _ = scaled(2, keep_epochs=True, **settings)
+    want, got = rates(stock), rates(cfg, 2 * STEPS)
+    most = max(max(row) for row in want)
+    for step in range(STEPS):
+        # the rate of one step may be shared by two
+        near = [got[i][0] for i in (2 * step, 2 * step + 1)]
+        error = min(abs(r - want[step][0] / 2) for r in near)
+        assert error < 0.02 * most, step
+
+
+class Net(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.net = net()
+
+    def forward(self, inputs, mode='loss'):
+        return dict(loss=self.net.discriminator(inputs).mean())
+
+
+class Record(Hook):
+    def __init__(self):
+        self.rates = []
+
+    def before_train_iter(self, runner, *args, **kwargs):
+        groups = runner.optim_wrapper.optimizer.param_groups
+        self.rates.append([group['lr'] for group in groups])
+
+
+def test_rates_of_a_running_training(tmp_path, monkeypatch):
+    """With --auto-scale-lr at the same real batch, the rates are the same."""
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)
+    wrapper, schedulers = RATES['paramwise']
+    stock, cfg, _ = scaled(
+        1, before=4, base=2, optim_wrapper=wrapper, param_scheduler=schedulers
+    )
+    seen = {}
+    for factor, config in ((1, stock), (4, cfg)):
+        for batch_size in (1, 2):
+            record = Record()
+            name = f'{factor}_{batch_size}'
+            Runner(
+                Net(),
+                str(tmp_path / name),
+                train_dataloader=dict(
+                    batch_size=batch_size,
+                    dataset=list(torch.randn(16, 2)),
+                    sampler=dict(type='InfiniteSampler'),
+                    collate_fn=lambda batch: dict(inputs=torch.stack(batch)),
+                ),
+                train_cfg=dict(by_epoch=False, max_iters=STEPS),
+                optim_wrapper=config.optim_wrapper,
+                param_scheduler=config.param_scheduler,
+                auto_scale_lr=dict(config.auto_scale_lr, enable=True),
+                default_hooks=dict(checkpoint=None, logger=None),
+                custom_hooks=[record],
+                experiment_name=f'{tmp_path.name}_{name}',
+            ).train()
+            seen[factor, batch_size] = record.rates
+    for batch_size in (1, 2):
+        assert len(seen[4, batch_size]) == STEPS
+        for step in (0, 99, STEPS - 1):
+            want = pytest.approx(seen[1, batch_size][step])
+            assert seen[4, batch_size][step] == want
+    assert seen[4, 2][0] == pytest.approx([2 * r for r in seen[4, 1][0]])
 
 
 def test_momentum_stays():
