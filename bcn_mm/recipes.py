@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _CONFIGS = Path(__file__).parent / '.mim' / 'configs'
+# recipes once more, in mmengine's new style
+_EXAMPLES = 'new_style'
 
 
 def _recipes() -> Dict[str, str]:
@@ -17,7 +19,7 @@ def _recipes() -> Dict[str, str]:
     return {
         path.stem: path.relative_to(_CONFIGS).as_posix()
         for path in sorted(_CONFIGS.glob('*/*.py'))
-        if not path.parent.name.startswith('_')
+        if not path.parent.name.startswith('_') and path.parent.name != _EXAMPLES
     }
 
 

@@ -10,7 +10,9 @@ from torch import nn
 from bcn_mm import BCN, WSConv2d
 
 CONFIGS = [
-    p for p in sorted((ROOT / 'configs').glob('*/*.py')) if p.parent.name != '_base_'
+    p
+    for p in sorted((ROOT / 'configs').glob('*/*.py'))
+    if p.parent.name not in ('_base_', 'new_style')
 ]
 RECIPES = [p for p in CONFIGS if p.parent.name != 'quickstart']
 # One of each task, which is tried at its own scale.
