@@ -37,10 +37,30 @@ TOOLS = {
 }
 
 
+CONVERTER = [
+    'tools/misc/bcn_config.py',
+    'CONFIG',
+    '--pretrained',
+    'WEIGHTS',
+    '-o',
+    'OUT/bcn.py',
+]
+
+
 @pytest.fixture(params=TOOLS)
 def words(request, tmp_path):
     """A command line of a tool; what it is about is put in its place."""
-    if request.param == 'export':
+    return filled(request.param, tmp_path)
+
+
+@pytest.fixture(params=[*TOOLS, 'convert'])
+def words_of_all(request, tmp_path):
+    """The same, of the converter too."""
+    return filled(request.param, tmp_path)
+
+
+def filled(tool, tmp_path):
+    if tool == 'export':
         pytest.importorskip('onnxruntime', reason='onnxruntime is not installed')
         pytest.importorskip('onnxscript', reason='onnxscript is not installed')
     Image.new('RGB', (32, 32)).save(tmp_path / 'picture.png')
@@ -49,7 +69,7 @@ def words(request, tmp_path):
         given = dict(CONFIG=config, WEIGHTS=weights, PICTURE=tmp_path / 'picture.png')
         return [
             given.get(word) or word.replace('OUT', str(tmp_path / 'out'))
-            for word in TOOLS[request.param]
+            for word in TOOLS.get(tool, CONVERTER)
         ]
 
     return fill
@@ -81,7 +101,7 @@ NAMES = {'of another kind': 'config.txt'}
 
 
 @pytest.mark.parametrize('kind', CONFIGS)
-def test_configs(kind, words, refused, tmp_path):
+def test_configs(kind, words_of_all, refused, tmp_path):
     text, message = CONFIGS[kind]
     config = tmp_path / NAMES.get(kind, 'config.py')
     if kind == 'folder':
@@ -89,20 +109,20 @@ def test_configs(kind, words, refused, tmp_path):
     elif text is not None:
         config.write_text(text)
     before = tree(tmp_path)
-    line = refused(*words(config, tmp_path / 'gone.pth'))
+    line = refused(*words_of_all(config, tmp_path / 'gone.pth'))
     assert re.match(rf'error: config {re.escape(str(config))}{message}', line), line
     assert tree(tmp_path) == before
 
 
-def test_names_of_packages(words, refused, tmp_path):
+def test_names_of_packages(words_of_all, refused, tmp_path):
     """Good ones get as far as the checkpoint."""
     gone = tmp_path / 'gone.pth'
     for name, message in (
         ('mmdet::gone/gone.py', 'mmdet ships no config gone/gone.py'),
         ('gone::gone.py', 'gone is not installed'),
     ):
-        assert f'config {name}: {message}' in refused(*words(name, gone))
-    line = refused(*words(f'bcn_mm::{DET.partition("/")[2]}', gone))
+        assert f'config {name}: {message}' in refused(*words_of_all(name, gone))
+    line = refused(*words_of_all(f'bcn_mm::{DET.partition("/")[2]}', gone))
     assert f'checkpoint {gone} does not exist' in line
 
 
@@ -144,13 +164,13 @@ CHECKPOINTS = {
 
 
 @pytest.mark.parametrize('kind', CHECKPOINTS)
-def test_checkpoints(kind, words, weights, refused, tmp_path):
+def test_checkpoints(kind, words_of_all, weights, refused, tmp_path):
     write, message = CHECKPOINTS[kind]
     # whatever they are called
     path = tmp_path / f'given{dict(text=".txt", list=".ckpt").get(kind, ".pth")}'
     write(path, weights)
     before = tree(tmp_path)
-    line = refused(*words(DET, path))
+    line = refused(*words_of_all(DET, path))
     assert re.match(f'error: checkpoint {re.escape(str(path))}:? {message}', line)
     assert tree(tmp_path) == before
 

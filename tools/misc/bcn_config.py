@@ -32,11 +32,10 @@ from bcn_mm.convert import (
     in_scope,
     leftovers,
     part_of,
-    read_config,
     to_bcn,
     write_config,
 )
-from bcn_mm.engine.cli import one_line_errors
+from bcn_mm.engine.cli import one_line_errors, read_file
 from bcn_mm.errors import InputError
 
 
@@ -173,7 +172,7 @@ def main() -> None:
     with one_line_errors():
         if not args.out.endswith('.py'):
             raise InputError(f'--out must be a .py file, but got {args.out}')
-        stock = read_config(args.source)
+        stock = read_file(args.source)
         check_target(args.source, args.out)
         exists = osp.exists(args.out) and not args.dry_run
         if exists and not args.force and not may_replace(args.out):
