@@ -28,6 +28,12 @@ _AUTHORS = {
     f'{name}_mm.pth': f'{name}.pth'
     for name in ('rn50_bcn_ws', 'rn101_bcn_ws', 'rx50_bcn_ws')
 }
+# What mmengine downloads by itself, of the same architectures.
+_JHU = {
+    'rn50_bcn_ws.pth': 'resnet50_gn_ws',
+    'rn101_bcn_ws.pth': 'resnet101_gn_ws',
+    'rx50_bcn_ws.pth': 'resnext50_32x4d_gn_ws',
+}
 _SITE = 'github.com/joe-siyuan-qiao/Batch-Channel-Normalization'
 _PICTURES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -267,12 +273,16 @@ def _check_start(path: Any, name: str) -> None:
         read_checkpoint(path)
         return
     source = _AUTHORS.get(os.path.basename(str(path)))
-    get = (
-        f'get {source} from {_SITE} and convert it (python tools/'
-        f'model_converters/authors_to_mm.py {source} {path}), or '
-        if source
-        else ''
-    )
+    get = ''
+    if source:
+        backbone = name.rpartition('.')[0]
+        get = (
+            f'get {source} from {_SITE} and convert it (python tools/'
+            f'model_converters/authors_to_mm.py {source} {path}), start from '
+            f"mmdet's GN + WS backbone, as the recipes called *-jhu do "
+            f'(--cfg-options {name}.checkpoint=open-mmlab://jhu/{_JHU[source]} '
+            f'{backbone}.conv_cfg.dialect=std), or '
+        )
     raise InputError(
         f'{name}: checkpoint {path} does not exist; {get}start from '
         f'random weights (--cfg-options {name}=None)'

@@ -74,6 +74,12 @@ def test_options(tmp_path, python):
     assert cfg.model.backbone.type == 'BiSeNetV1'
 
 
+def test_as_many_pictures(tmp_path, python):
+    out = tmp_path / 'c.py'
+    python(TOOL, BISENET, '-o', out, '--batch-size', 1, '--keep-epochs')
+    assert Config.fromfile(out).train_cfg.max_iters == 4 * 160_000
+
+
 @pytest.mark.parametrize(
     'words, message',
     [
@@ -84,6 +90,7 @@ def test_options(tmp_path, python):
         ([RETINA, '-o', 'x.py', '--only', 'feet'], 'unknown part feet'),
         ([RETINA, '-o', 'x.py', '--batch-size', '0'], 'must be positive'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'], 'momentun'),
+        ([RETINA, '-o', 'x.py', '--keep-epochs'], 'needs --batch-size'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=Foo'], 'Foo is not registered'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=SyncBN'], 'SyncBN is no BCN'),
         ([RETINA, '-o', 'x.py', '--pretrained', 'no.pth'], 'no.pth does not exist'),

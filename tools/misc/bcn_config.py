@@ -80,8 +80,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--batch-size',
         type=int,
-        help='images per GPU; the learning rate is scaled with it '
+        help='images per GPU; the learning rates are scaled with it '
         '(default: as in the source)',
+    )
+    parser.add_argument(
+        '--keep-epochs',
+        action='store_true',
+        help='with --batch-size: stretch what counts iterations (max_iters, '
+        'schedules, checkpoints), so that training sees as many pictures as before',
     )
     parser.add_argument(
         '--pretrained',
@@ -172,6 +178,8 @@ def main() -> None:
     with one_line_errors():
         if not args.out.endswith('.py'):
             raise InputError(f'--out must be a .py file, but got {args.out}')
+        if args.keep_epochs and args.batch_size is None:
+            raise InputError('--keep-epochs needs --batch-size')
         stock = read_file(args.source)
         check_target(args.source, args.out)
         exists = osp.exists(args.out) and not args.dry_run
@@ -184,6 +192,7 @@ def main() -> None:
             ws=args.ws,
             only=args.only,
             batch_size=args.batch_size,
+            keep_epochs=args.keep_epochs,
             pretrained=args.pretrained,
             changes=changes,
         )
