@@ -87,7 +87,7 @@ def augment(cfg: Config) -> None:
         if scope_of(cfg) != 'mmdet':
             raise InputError('--tta needs tta_model in the config')
         cfg.tta_model = ConfigDict(
-            type='mmdet.DetTTAModel',
+            type='DetTTAModel',  # which mmdet registers in the root
             tta_cfg=dict(nms=dict(type='nms', iou_threshold=0.5), max_per_img=100),
         )
     dataset = cfg.test_dataloader.dataset

@@ -1,13 +1,20 @@
 """What a command line gives, and what is said about it."""
 
 import argparse
+import copy
+import errno
 import os
+import warnings
 
 import pytest
-from mmengine.config import ConfigDict
+from mmengine.config import Config, ConfigDict
+from mmengine.model import PretrainedInit
 
+import bcn_mm
+from bcn_mm.convert import walk
 from bcn_mm.engine.cli import (
     add_arguments,
+    check_pretrained,
     forget_pretrained,
     load_config,
     one_line_errors,
@@ -30,13 +37,20 @@ def test_load_config(tmp_path):
     path.write_text('a = dict(b=1, c=[1, 2])')
     cfg = load_config(given(path, **{'a.b': 2}))
     assert cfg.a.b == 2 and cfg.work_dir == os.path.join('work_dirs', 'c')
-    with pytest.raises(InputError, match='none.py does not exist'):
-        load_config(given(tmp_path / 'none.py'))
     with pytest.raises(InputError, match='--cfg-options'):
         load_config(given(path, **{'a.c.7': 2}))
-    path.write_text('a = dict(')
-    with pytest.raises(InputError, match='c.py cannot be read.*SyntaxError'):
-        load_config(given(path))
+    with pytest.raises(InputError, match="c.py is of scope 'nowhere'"):
+        load_config(given(path, default_scope='nowhere'))
+
+
+def test_configs_of_packages():
+    source = 'bcn_mm::quickstart/mask-rcnn_r18_bcn-ws_shapes.py'
+    cfg = load_config(given(source))
+    assert cfg.model == bcn_mm.get_config('mask-rcnn_r18_bcn-ws_shapes').model
+    name = 'mask-rcnn_r18_bcn-ws_shapes'
+    assert cfg.work_dir == os.path.join('work_dirs', name)
+    # what a copy of it in the work directory is called
+    assert os.path.basename(cfg.filename) == f'{name}.py'
 
 
 def test_one_line_errors(capsys, monkeypatch):
@@ -50,9 +64,58 @@ def test_one_line_errors(capsys, monkeypatch):
         out = capsys.readouterr()
         assert stop.value.code == 1
         assert out.err.startswith(text) and out.err.count('\n') == 1
+    with pytest.raises(SystemExit), one_line_errors('c.py', only=InputError):
+        raise OSError(errno.ENOSPC, 'No space left')
+    assert 'error: config c.py: disk full: ' in capsys.readouterr().err
+    with pytest.raises(KeyError), one_line_errors('c.py', only=InputError):
+        raise KeyError('name')
     monkeypatch.setenv('BCN_MM_TRACEBACK', '1')
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError('name')
+
+
+def test_warnings_come_where_all_goes_well(capsys):
+    with pytest.warns(UserWarning, match='first'), one_line_errors():
+        warnings.warn('first', stacklevel=1)
+    with pytest.raises(SystemExit), one_line_errors():
+        warnings.warn('second', stacklevel=1)
+        raise InputError('wrong')
+    assert capsys.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    'model, name',
+    [
+        (dict(pretrained='PATH'), 'model.pretrained'),
+        (dict(a=dict(pretrained='PATH')), 'model.a.pretrained'),
+        (dict(init_cfg=dict(type='Pretrained', checkpoint='PATH')), 'model.init_cfg'),
+        (
+            dict(a=dict(init_cfg=dict(type=PretrainedInit, checkpoint='PATH'))),
+            'model.a.init_cfg',
+        ),
+        (
+            dict(init_cfg=[dict(type='mmengine.Pretrained', checkpoint='PATH')]),
+            'model.init_cfg',
+        ),
+    ],
+)
+def test_check_pretrained(model, name, tmp_path):
+    """Wherever a config says it, and by a class, too."""
+
+    def of(path):
+        cfg = Config(dict(model=copy.deepcopy(model)))
+        for _, node in walk(cfg.model):
+            node.update({k: path for k, v in node.items() if v == 'PATH'})
+        return cfg
+
+    gone = str(tmp_path / 'gone.pth')
+    with pytest.raises(InputError, match=f'^{name}: .*gone.pth.*{name}=None'):
+        check_pretrained(of(gone))
+    (tmp_path / 'gone.pth').write_text('no')
+    with pytest.raises(InputError, match='no checkpoint|damaged'):
+        check_pretrained(of(gone))
+    check_pretrained(of('torchvision://resnet18'))
+    check_pretrained(Config(dict(model=dict(pretrained=None, a=dict(pretrained=True)))))
 
 
 def test_forget_pretrained():

@@ -1,5 +1,6 @@
 """Runners, on every launcher, with GPUs or without."""
 
+import errno
 import multiprocessing
 import os
 import random
@@ -10,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from mmengine.config import Config
-from mmengine.fileio import LocalBackend, register_backend
+from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS, MODELS
 from mmengine.runner import save_checkpoint
@@ -23,6 +24,7 @@ from bcn_mm.engine.launch import (
     build_runner,
     find_newest_checkpoint,
     prepare_launch,
+    taken_back,
 )
 from bcn_mm.errors import InputError
 from bcn_mm.weights.reading import read_checkpoint
@@ -219,6 +221,68 @@ def test_killed_while_it_writes_a_checkpoint(atomic, tmp_path):
             weight = read_checkpoint(path)['state_dict']['weight']
             assert (weight == weight[0]).all()
     assert os.path.exists(path) and drafts > 0  # some were half-way
+
+
+@pytest.mark.parametrize('code', [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk(atomic, code, tmp_path, monkeypatch):
+    """In the middle of a file; what was there is kept, also what was to go."""
+    path, old = tmp_path / 'epoch_2.pth', tmp_path / 'epoch_1.pth'
+    backend = get_file_backend(str(path))
+    for file in (path, old):
+        backend.put(b'before', str(file))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'fsync', mock.Mock(side_effect=OSError(code, 'full')))
+        backend.remove(str(old))
+        with pytest.raises(InputError, match=f'^disk full: {path} .*--resume'):
+            backend.put(b'after', str(path))
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == {
+        path: b'before',
+        old: b'before',
+    }
+    # the next that is written, by whatever backend
+    get_file_backend(str(path)).put(b'after', str(path))
+    assert {f: f.read_bytes() for f in tmp_path.iterdir()} == {path: b'after'}
+
+
+def test_checkpoints_that_come_back(atomic, tmp_path):
+    """Removed and written again, and what is no checkpoint."""
+    path, other = tmp_path / 'best.pth', tmp_path / 'a.json'
+    backend = get_file_backend(str(path))
+    for content in (b'1', b'2'):
+        backend.put(content, str(path))
+        backend.remove(str(path))
+    backend.put(b'3', str(path))
+    assert path.read_bytes() == b'3'
+    backend.put(b'', str(other))
+    backend.remove(str(other))
+    assert not other.exists()
+    with pytest.raises(FileNotFoundError):
+        backend.remove(str(tmp_path / 'gone.pth'))
+
+
+@pytest.mark.parametrize('there', [False, True])
+def test_what_did_not_start_is_taken_back(there, tmp_path):
+    """Its logs and folders, and nothing of anybody else's."""
+    work_dir = tmp_path / 'a' / 'b'
+    name = f'own_{there}.py'  # mmengine's loggers go by it, and the second
+    if there:
+        (work_dir / '20200101_000000').mkdir(parents=True)
+        (work_dir / '20200101_000000' / 'x.log').write_text('log')
+        (work_dir / name).write_text('old = 1')
+    before = {p: p.is_dir() or p.read_text() for p in tmp_path.rglob('*')}
+    path = tmp_path / name
+    path.write_text('new = 1')
+    cfg = Config.fromfile(path)
+    path.unlink()
+    cfg.update(model=dict(type='Tiny'), work_dir=str(work_dir), launcher='none')
+    stop = pytest.raises(InputError, match='stop')
+    with stop, taken_back(cfg.work_dir, cfg.filename):
+        build_runner(cfg)
+        assert len(list(work_dir.glob('*/*.log'))) == 1 + there
+        assert 'new = 1' in (work_dir / name).read_text()
+        raise InputError('stop')
+    after = {p: p.is_dir() or p.read_text() for p in tmp_path.rglob('*')}
+    assert after == before
 
 
 def test_newest_checkpoint(tmp_path):

@@ -1,10 +1,12 @@
 """tools/demo/, as users run it."""
 
 import re
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import run
 from PIL import Image
 
 import bcn_mm
@@ -72,12 +74,6 @@ BAD = {
     'no picture': (['none.jpg', DET, *GIVEN], 'no picture or folder none.jpg'),
     'no pictures': (['configs', DET, *GIVEN], 'no pictures .* in configs'),
     'damaged': ([DET, DET, *GIVEN], 'damaged or no picture'),
-    'config': (['PICTURE', 'none.py', *GIVEN], 'config none.py does not'),
-    'checkpoint': (['PICTURE', DET, *GIVEN], 'none.pth does not exist'),
-    'no checkpoint': (
-        ['PICTURE', DET, DET, '--out-dir', 'none'],
-        'truncated or no checkpoint|damaged',
-    ),
     'score': (
         ['PICTURE', DET, *GIVEN, '--score-thr', 2],
         r'--score-thr must be in \[0, 1\]',
@@ -110,12 +106,28 @@ def test_bad_input(words, message, refused, tmp_path):
     assert line.startswith('error: ') and re.search(message, line), line
 
 
+def test_damaged_pictures(tmp_path, refused):
+    """Where there are no others, that is said before a model is built."""
+    for name in ('a.png', 'b.png'):
+        (tmp_path / name).write_text('no picture')
+    line = refused(TOOL, tmp_path, DET, *GIVEN)
+    assert '2 of 2 pictures are damaged or no pictures: a.png, b.png' in line
+
+
 @pytest.mark.slow
-def test_another_architecture(checkpoint, tmp_path, refused):
-    task, config, weights = checkpoint
-    other = {'det': SEG, 'seg': DET}[task]
-    picture = tmp_path / 'picture.png'
-    Image.new('RGB', (32, 32)).save(picture)
-    line = refused(TOOL, picture, other, weights, '--out-dir', tmp_path / 'o')
-    assert re.search(r"\d+ of the model's \d+ tensors match", line)
-    assert not (tmp_path / 'o').exists()
+def test_damaged_pictures_among_others(checkpoint, tmp_path):
+    """They are passed over, and named at the end."""
+    _, config, weights = checkpoint
+    (tmp_path / 'in').mkdir()
+    for name in ('b.png', 'd.png'):
+        Image.new('RGB', (64, 48)).save(tmp_path / 'in' / name)
+    data = (tmp_path / 'in/b.png').read_bytes()
+    for name in ('a.png', 'c.png'):
+        (tmp_path / 'in' / name).write_bytes(data[: len(data) // 2])
+    words = [TOOL, tmp_path / 'in', config, weights, '--out-dir', tmp_path / 'out']
+    done = run(sys.executable, *words)
+    assert done.returncode == 1
+    assert 'Wrote 2 pictures to' in done.stdout
+    (line,) = re.findall('^error: .*', done.stdout, re.M)
+    assert '2 of 4 pictures are damaged or no pictures: a.png, c.png' in line
+    assert sorted(f.name for f in (tmp_path / 'out').iterdir()) == ['b.png', 'd.png']

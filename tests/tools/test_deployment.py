@@ -110,9 +110,6 @@ BAD = {
     'count': ([DET, *OUT, '--count', 0], '--count must be at least 1'),
     'tolerance': ([DET, *OUT, '--tolerance', 0], '--tolerance must be pos'),
     'opset': ([DET, *OUT, '--opset', 9], f'--opset must be at least {OPSET}'),
-    'config': (['none.py', *OUT], 'config none.py does not exist'),
-    'checkpoint': ([DET, 'none.pth', *OUT], 'none.pth does not exist'),
-    'not a checkpoint': ([DET, DET, *OUT], 'truncated or no checkpoint|dam'),
     'no pictures': ([DET, *OUT, '--images', 'configs'], 'no pictures'),
     'no picture': ([DET, *OUT, '--images', 'x.jpg'], 'no picture or folder'),
     'no test set': (
@@ -120,7 +117,7 @@ BAD = {
         'test set .* is not there; give --images',
     ),
     'damaged': ([DET, *OUT, '--images', DET], 'damaged or no picture'),
-    'no model': (['configs/_base_none.py', *OUT], 'does not exist'),
+    'no model': (['configs/_base_/bcn.py', *OUT], 'bcn.py has no model'),
     'option': (
         [DET, *OUT, '--cfg-options', 'model.neck.norm_cfg.num_groups=7'],
         'does not divide',
