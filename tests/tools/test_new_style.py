@@ -3,10 +3,12 @@
 import json
 import re
 import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
 from support.class_configs import write_class_config
 
 pytestmark = pytest.mark.slow
@@ -14,6 +16,10 @@ pytestmark = pytest.mark.slow
 CONFIGS = {
     'det': 'configs/quickstart/mask-rcnn_r18_bcn-ws_shapes.py',
     'seg': 'configs/quickstart/deeplabv3_r18-d8_bcn-ws_shapes.py',
+}
+STOCK = {
+    'det': ('mmdet', 'configs/quickstart/mask-rcnn_r18_bn_shapes.py'),
+    'seg': ('mmseg', 'configs/quickstart/deeplabv3_r18-d8_bn_shapes.py'),
 }
 SHORT = """
 for loader in (train_dataloader, val_dataloader, test_dataloader):
@@ -56,6 +62,29 @@ def trained(request, shapes, tmp_path_factory, python):
     ]
     (checkpoint,) = (folder / 'w').glob('*.pth')
     return task, config, checkpoint
+
+
+@pytest.mark.parametrize('task', CONFIGS)
+def test_converted_ones_run_with_stock_tools_and_ours(task, shapes, tmp_path, python):
+    """BatchNorm's, converted in their style, by tools that know nothing of it."""
+    package, source = STOCK[task]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('SHAPES_ROOT', str(shapes))
+        text = SHORT + TWO_STEPS[task]
+        stock = write_class_config(source, tmp_path / 'configs', text)
+    config = tmp_path / 'configs' / 'bcn.py'
+    python('tools/misc/bcn_config.py', stock, '-o', config, '--ws', '--quiet')
+    theirs = Path(find_spec(package).origin).parent / '.mim' / 'tools'
+    python(theirs / 'train.py', config, '--work-dir', tmp_path / 'w')
+    (checkpoint,) = (tmp_path / 'w').glob('*.pth')
+    state = torch.load(checkpoint, weights_only=False)['state_dict']
+    ages = {k: v for k, v in state.items() if k.endswith('num_batches_tracked')}
+    assert len(ages) >= 20 and all(ages.values())
+    for tools in (theirs, ROOT / 'tools'):
+        out = tmp_path / tools.parent.name
+        python(tools / 'test.py', config, checkpoint, '--work-dir', out)
+        (file,) = out.glob('*/2*.json')
+        assert {'det': 'coco/bbox_mAP', 'seg': 'mIoU'}[task] in file.read_text()
 
 
 def test_predictions_are_drawn_and_kept(trained, tmp_path, python):

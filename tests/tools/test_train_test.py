@@ -306,6 +306,7 @@ def test_missing_start(recipe, theirs, tmp_path):
     assert f'checkpoint {target} does not exist' in line
     command = f'tools/model_converters/authors_to_mm.py {theirs}.pth {target}'
     assert command in line
+    assert re.search(r'checkpoint=open-mmlab://jhu/resnet(50|101)_gn_ws ', line)
     assert not list(tmp_path.iterdir())
     (option,) = re.findall(r'--cfg-options (\S+=None)', line)
     line = one_line(run(*words, '--cfg-options', option, cwd=tmp_path))
