@@ -17,7 +17,6 @@ from measuring import (
     interleave,
     prepare,
 )
-from mmengine.config import DictAction
 from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
@@ -26,7 +25,7 @@ from swapping import swap
 
 from bcn_mm._files import write_json
 from bcn_mm.deploy import Deployed, Folding, fold
-from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.engine.cli import Options, load_config, one_line_errors
 from bcn_mm.engine.progress import progress_bar
 from bcn_mm.errors import InputError
 
@@ -60,7 +59,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         metavar='KEY=VALUE',
         help='override settings of the config',
     )

@@ -28,7 +28,7 @@ from measuring import (
     peak_memory,
     prepare,
 )
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, init_default_scope
@@ -41,7 +41,7 @@ from torch import nn
 from bcn_mm import EliminationSingularityHook
 from bcn_mm._files import write_json
 from bcn_mm.engine.batches import SCOPES, random_batch
-from bcn_mm.engine.cli import load_config, one_line_errors
+from bcn_mm.engine.cli import Options, load_config, one_line_errors
 from bcn_mm.engine.progress import progress_bar
 from bcn_mm.errors import InputError
 
@@ -253,7 +253,7 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
     parser.add_argument(
         '--cfg-options',
         nargs='+',
-        action=DictAction,
+        action=Options,
         metavar='KEY=VALUE',
         help='override settings of the config',
     )

@@ -90,6 +90,7 @@ def test_as_many_pictures(tmp_path, python):
         ([RETINA, '-o', 'x.py', '--only', 'feet'], 'unknown part feet'),
         ([RETINA, '-o', 'x.py', '--batch-size', '0'], 'must be positive'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=BCN', 'momentun=1'], 'momentun'),
+        ([RETINA, '-o', 'x.py', '--norm-cfg', 'BCN'], "'BCN' must be KEY=VALUE"),
         ([RETINA, '-o', 'x.py', '--keep-epochs'], 'needs --batch-size'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=Foo'], 'Foo is not registered'),
         ([RETINA, '-o', 'x.py', '--norm-cfg', 'type=SyncBN'], 'SyncBN is no BCN'),

@@ -16,7 +16,7 @@ import warnings
 from collections import Counter
 from typing import Any, List, Optional, Sequence, Tuple
 
-from mmengine.config import Config, DictAction
+from mmengine.config import Config
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -35,7 +35,7 @@ from bcn_mm.convert import (
     to_bcn,
     write_config,
 )
-from bcn_mm.engine.cli import one_line_errors, read_file
+from bcn_mm.engine.cli import Options, one_line_errors, read_file
 from bcn_mm.errors import InputError
 
 
@@ -98,7 +98,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--norm-cfg',
         nargs='+',
-        action=DictAction,
+        action=Options,
         metavar='KEY=VALUE',
         help='what replaces the norms: of type BCN (the default) or SyncBCN',
     )
