@@ -2,8 +2,10 @@
 
 The way of a config through :func:`to_bcn`: the components that its model
 names (``components.py``) with their checkpoints (``pretrained.py``), what only
-the built model shows (``model.py``), and what stands beside the model
-(``training.py``).
+the built model shows (``model.py``), what stands beside the model
+(``training.py``), and the rates that go with the batch size (``rates.py``).
+Configs are read and written in ``files.py``, those of mmengine's new style with
+``new_style.py``; ``types.py`` knows what any of them calls a type.
 """
 
 from .context import Change
