@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
 
 import bcn_mm  # noqa: F401  lets torch.load read checkpoints
 from bcn_mm.ops._compat import TORCH
@@ -49,6 +50,15 @@ EXPORT = needs_torch(2, 6, 'torch.export for sizes that vary')
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _default_scope():
+    """No test builds in the scope that another one left behind."""
+    before = DefaultScope._instance_dict.copy()
+    yield
+    DefaultScope._instance_dict.clear()
+    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture(scope='session')

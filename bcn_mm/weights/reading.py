@@ -49,7 +49,7 @@ def read_checkpoint(path: str) -> dict:
     state = checkpoint['state_dict']
     if not isinstance(state, dict):
         raise InputError(
-            f'checkpoint {path} holds no state dict but a {type(state).__name__}'
+            f'checkpoint {path}: its state_dict is a {type(state).__name__}'
         )
     for name, value in state.items():
         try:

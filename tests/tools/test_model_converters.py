@@ -337,7 +337,7 @@ def test_other_contents(value, message, tool, tmp_path, capsys):
 def test_bad_paths(tool, authors18, tmp_path, capsys):
     path = tmp_path / 'a.pth'
     assert_fails(tool, capsys, [path, tmp_path / 'b'], 'a.pth does not exist')
-    assert_fails(tool, capsys, [tmp_path, tmp_path / 'b'], 'does not exist')
+    assert_fails(tool, capsys, [tmp_path, tmp_path / 'b'], 'is a folder')
     torch.save(authors18, path)
     data = path.read_bytes()
     assert_refuses(tool, capsys, tmp_path, [], 'another file', target='a.pth')

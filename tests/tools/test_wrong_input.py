@@ -157,7 +157,7 @@ CHECKPOINTS = {
     'list': (lambda path, _: torch.save([1], path), 'holds no state dict but a list'),
     'list inside': (
         lambda path, _: torch.save(dict(state_dict=[1]), path),
-        'holds no state dict but a list',
+        'its state_dict is a list',
     ),
     'no names': (lambda path, _: torch.save({1: 2}, path), '1 is no name'),
 }
