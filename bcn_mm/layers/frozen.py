@@ -15,7 +15,7 @@ import torch
 from mmengine.logging import print_log
 from torch import nn
 
-from ..ops._compat import is_dynamo_compiling
+from ..ops._compat import TORCH, is_dynamo_compiling
 
 _TRAIN = nn.Module.train.__code__
 
@@ -25,7 +25,7 @@ class _Notice:
 
     Only of norms that are frozen when they are put in training mode: others
     have none. It takes itself away with the first pass that is a training
-    pass, and says nothing of stages that are frozen as a whole, which are in
+    pass, if that is not compiled, and says nothing of stages that are frozen as a whole, which are in
     evaluation mode by then, and of teachers, which run without gradients.
     """
 
@@ -33,12 +33,19 @@ class _Notice:
         self.given = False
 
     def __call__(self, layer: nn.Module, inputs: Tuple[Any, ...]) -> None:
-        if is_dynamo_compiling() or not torch.is_grad_enabled():
+        if not (layer.training and torch.is_grad_enabled()):
             return
-        if not layer.training:
+        compiling = is_dynamo_compiling()
+        if compiling and TORCH < (2, 6):  # which would leave the graph for it
             return
-        forget(layer)
-        if self.given or any(p.requires_grad for p in layer.parameters()):
+        if not compiling:
+            forget(layer)
+        if not any(p.requires_grad for p in layer.parameters()):
+            self.give()
+
+    def give(self) -> None:
+        """Say it, the first time that this is called."""
+        if self.given:
             return
         self.given = True
         print_log(
@@ -50,6 +57,10 @@ class _Notice:
             logger='current',
             level=logging.WARNING,
         )
+
+    # Called when a pass is compiled, and not part of what it is compiled to: as
+    # torch.compiler.assume_constant_result has it, which imports the compiler.
+    give._dynamo_marked_constant = True
 
 
 #: The module whose train() was called -> the notice of its norms.

@@ -10,6 +10,7 @@ from mmdet.registry import MODELS as MMDET
 from mmengine.config import Config
 from support.layers import resnet
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN
@@ -148,13 +149,29 @@ def test_copies(again, log):
 
 @needs_torch(2, 6, 'its compiler takes hooks into one graph')
 @pytest.mark.parametrize('freeze', [False, True])
-def test_compiles(freeze):
-    """In one graph; what is compiled says nothing."""
-    net = nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8))
-    if freeze:
-        net[1].requires_grad_(False)
-    net.train()
-    want = copy.deepcopy(net)(X)
+@pytest.mark.parametrize('part', [lambda net: net, lambda net: net[1]])
+def test_compiled(part, freeze, log):
+    """Said when it is compiled: in one graph, which is compiled once."""
+    net = frozen_net().requires_grad_(not freeze).train()
+    want = copy.deepcopy(net)
     torch._dynamo.reset()
-    got = torch.compile(net, fullgraph=True, backend='aot_eager')(X)
-    torch.testing.assert_close(got, want)
+    compiles = CompileCounterWithBackend('aot_eager')
+    part(net).compile(fullgraph=True, backend=compiles)
+    x = X.clone().requires_grad_()
+    for _ in range(3):
+        torch.testing.assert_close(net(x), want(x))
+    assert compiles.frame_count == 1
+    assert len(said(log)) == 2 * freeze  # of each copy
+
+
+@needs_torch(2, 6, 'its compiler takes hooks into one graph')
+def test_compiled_evaluation(log):
+    net = frozen_net().train()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend='aot_eager')
+    with torch.no_grad():
+        compiled(X)
+    compiled.eval()(X)
+    assert not said(log)
+    compiled.train()(X.clone().requires_grad_())
+    assert len(said(log)) == 1
