@@ -22,7 +22,12 @@ from bcn_mm.engine.launch import (
     taken_back,
 )
 from bcn_mm.errors import InputError
-from bcn_mm.weights.reading import check_match, check_resumable, read_checkpoint
+from bcn_mm.weights.reading import (
+    check_match,
+    check_optimizer,
+    check_resumable,
+    read_checkpoint,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -117,6 +122,8 @@ def main() -> None:
                 check_match(runner.model, checkpoint, cfg.load_from)
             # missing annotations too, and what the optimizer refuses
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            if checkpoint and cfg.get('resume'):
+                check_optimizer(runner.optim_wrapper, checkpoint, cfg.load_from)
             runner.train_loop, runner.val_loop  # noqa: B018
         del checkpoint
     if is_main_process():

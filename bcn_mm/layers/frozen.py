@@ -24,9 +24,9 @@ class _Notice:
     """A hook before ``forward`` that the frozen norms of a model share.
 
     Only of norms that are frozen when they are put in training mode: others
-    have none. It takes itself away with the first pass that is a training
-    pass, if that is not compiled, and says nothing of stages that are frozen as a whole, which are in
-    evaluation mode by then, and of teachers, which run without gradients.
+    have none. It takes itself away with the first training pass that is not
+    compiled, and says nothing of stages that are frozen as a whole, which are
+    in evaluation mode by then, and of teachers, which run without gradients.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,9 @@
 import os
 import pickle
 import re
+from typing import Optional, Union
 
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 
 from ..errors import InputError
@@ -119,6 +121,62 @@ def check_resumable(checkpoint: dict, path: str) -> None:
         f'checkpoint {path} does not say where its training was, and cannot be '
         f'resumed; start from its weights (--cfg-options load_from={path})'
     )
+
+
+def check_optimizer(
+    optimizer: Union[OptimWrapper, OptimWrapperDict], checkpoint: dict, path: str
+) -> None:
+    """Make sure that the state of an optimizer is one of exactly this one.
+
+    Args:
+        optimizer (OptimWrapper or OptimWrapperDict): Built, not loaded.
+        checkpoint (dict): As :func:`read_checkpoint` returns it; without a
+            state of an optimizer it goes.
+        path (str): Its file, for the message.
+
+    Raises:
+        InputError: says what differs, and how to start from the weights.
+    """
+    if 'optimizer' not in checkpoint:
+        return
+    state = checkpoint['optimizer']
+    if isinstance(optimizer, OptimWrapperDict):
+        names = list(state) if isinstance(state, dict) else []
+        problem = None
+        if set(names) != set(optimizer.keys()):
+            problem = f'the file has {names}, not {list(optimizer.keys())}'
+        for name, wrapper in optimizer.items():
+            problem = problem or _misfit(wrapper, state[name])
+    else:
+        problem = _misfit(optimizer, state)
+    if problem:
+        raise InputError(
+            f'checkpoint {path} cannot be resumed with the optimizer of the config: '
+            f'{problem}; start from its weights (--cfg-options load_from={path})'
+        )
+
+
+def _misfit(wrapper: OptimWrapper, state: object) -> Optional[str]:
+    """What makes a state that of another optimizer, if anything does."""
+    kind = type(wrapper.optimizer).__name__
+    groups = state.get('param_groups') if isinstance(state, dict) else None
+    if not isinstance(groups, list):
+        return f'there is no state of one {kind}'
+    own, given = (
+        [len(group['params']) for group in all_groups]
+        for all_groups in (wrapper.optimizer.param_groups, groups)
+    )
+    if len(own) != len(given):
+        return f'{len(given)} param groups are in the file, not {len(own)}'
+    for i, (n, m) in enumerate(zip(own, given)):
+        if n != m:
+            return f'param group {i} has {m} parameters in the file, not {n}'
+    # beside the switches, of which every version of torch has more
+    for name, value in wrapper.optimizer.defaults.items():
+        switch = value is None or isinstance(value, bool)
+        if not switch and any(name not in group for group in groups):
+            return f'{kind} needs {name}, which is not in the file'
+    return None
 
 
 def check_finite(name: str, value: object) -> None:

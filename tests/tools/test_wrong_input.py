@@ -175,25 +175,62 @@ def test_checkpoints(kind, words_of_all, weights, refused, tmp_path):
     assert tree(tmp_path) == before
 
 
+def refused_late(command, shapes, tmp_path):
+    """The one line of a tool that has built its model by then, and writes nothing."""
+    said = tmp_path / 'said'
+    said.touch()
+    before = tree(tmp_path)
+    apart = [sys.executable, ROOT / 'tests/support/stderr_apart.py', said]
+    done = run(*apart, *command, SHAPES_ROOT=str(shapes))
+    assert done.returncode == 1, done.stdout[-3000:]
+    assert tree(tmp_path) == {**before, said: said.read_bytes()}
+    (line,) = said.read_text().splitlines()
+    return line
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('suffix', ['.pth', '.ckpt'])
 def test_checkpoints_of_another_model(suffix, words, weights, shapes, tmp_path):
-    path, said = tmp_path / f'given{suffix}', tmp_path / 'said'
+    path = tmp_path / f'given{suffix}'
     checkpoint = dict(state_dict=weights, message_hub={}, meta=dict(epoch=1, iter=1))
     torch.save(checkpoint, path)
-    said.touch()
-    command = words(SEG, path)
-    before = {**tree(tmp_path), said: b''}
-    apart = [sys.executable, ROOT / 'tests/support/stderr_apart.py', said]
-    done = run(*apart, *command, SHAPES_ROOT=str(shapes))
-    (line,) = said.read_text().splitlines()
-    assert done.returncode == 1
     assert re.match(
         rf'error: checkpoint {re.escape(str(path))} is of another architecture: '
         r"\d+ of the model's \d+ tensors match, out of \d+",
+        refused_late(words(SEG, path), shapes, tmp_path),
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        ([], 'SGD needs momentum'),
+        (
+            ['--cfg-options', 'optim_wrapper.paramwise_cfg.norm_decay_mult=0'],
+            r'1 param groups are in the file, not \d+',
+        ),
+    ],
+)
+def test_checkpoints_of_another_optimizer(options, message, weights, shapes, tmp_path):
+    path = tmp_path / 'given.pth'
+    params = bcn_mm.get_model('mask-rcnn_r18_bcn-ws_shapes').parameters()
+    torch.save(
+        dict(
+            state_dict=weights,
+            message_hub={},
+            meta=dict(epoch=1, iter=1),
+            optimizer=torch.optim.AdamW(params).state_dict(),
+        ),
+        path,
+    )
+    words = filled('train', tmp_path)(DET, path)
+    line = refused_late([*words, *options], shapes, tmp_path)
+    assert re.match(
+        rf'error: checkpoint {re.escape(str(path))} cannot be resumed with the '
+        rf'optimizer of the config: {message}.* \(--cfg-options load_from=',
         line,
     )
-    assert tree(tmp_path) == {**before, said: said.read_bytes()}
 
 
 def test_weights_that_cannot_be_resumed(weights, refused, tmp_path):
