@@ -6,20 +6,26 @@ import sys
 import pytest
 from conftest import run
 from mmengine.config import Config
-from support.new_style import DETECTOR
-from support.stock_configs import model_of
+from support.class_configs import write_class_config
+from support.stock_configs import ZOO, model_of
 
 from bcn_mm import BCN, SyncBCN, SyncEstimatesHook, WSConv2d
 from bcn_mm.convert import leftovers, read_config, to_bcn, write_config
 from bcn_mm.errors import InputError
 
 
+EDIT = """
+from torch.nn import GroupNorm
+model['backbone'].update(depth=18)
+model['neck'].update(in_channels=[64, 128, 256, 512])
+model['bbox_head'].update(norm_cfg=dict(type=GroupNorm, num_groups=32))
+"""
+
+
 @pytest.fixture
 def source(tmp_path):
-    path = tmp_path / 'base' / 'retinanet.py'
-    path.parent.mkdir()
-    path.write_text(DETECTOR)
-    return path
+    stock = ZOO / 'retinanet' / 'retinanet_r50_fpn_1x_coco.py'
+    return write_class_config(stock, tmp_path / 'base', EDIT)
 
 
 def test_conversion(source):

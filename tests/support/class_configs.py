@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import sys
 
 from mmengine import registry
 from mmengine.config import Config
@@ -23,6 +24,13 @@ def class_of(name, scope):
     return next(filter(inspect.isclass, found), None)
 
 
+def home(kind):
+    """The module that people import a class from."""
+    package = kind.__module__.rpartition('.')[0]
+    exports = vars(sys.modules.get(package, kind))
+    return package if exports.get(kind.__name__) is kind else kind.__module__
+
+
 def code(value, scope, imports):
     if isinstance(value, dict):
         # where types are classes, no scope is asked for
@@ -34,7 +42,7 @@ def code(value, scope, imports):
         words = [f'{k!r}: {code(v, scope, imports)}' for k, v in items.items()]
         if kind:
             name = f'{kind.__name__}_{len(imports)}'
-            imports[name] = f'from {kind.__module__} import {kind.__name__} as {name}'
+            imports[name] = f'from {home(kind)} import {kind.__name__} as {name}'
             words.append(f"'type': {name}")
         return '{' + ', '.join(words) + '}'
     if isinstance(value, (list, tuple)):
@@ -49,7 +57,7 @@ def write_class_config(source, folder, text=''):
     Where a type is no class, as of ``nms``, it stays a string.
 
     Args:
-        source (str): An old-style config.
+        source (str or Path): An old-style config.
         folder (Path): Where both files go.
         text (str): What the config says beside, as Python.
 
