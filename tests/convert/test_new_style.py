@@ -13,7 +13,6 @@ from bcn_mm import BCN, SyncBCN, SyncEstimatesHook, WSConv2d
 from bcn_mm.convert import leftovers, read_config, to_bcn, write_config
 from bcn_mm.errors import InputError
 
-
 EDIT = """
 from torch.nn import GroupNorm
 model['backbone'].update(depth=18)
