@@ -1,21 +1,40 @@
 """Error against images per step, for norms in the same small networks.
 
-Trains a classifier of scikit-learn's digits, the quickstart's Mask R-CNN and
-its DeepLabV3's backbone with a plain FCN head (DeepLab's image pooling has one
-value per channel, which BN and IN refuse), each from scratch with every norm,
-every number of images per step and every seed. All runs of a task see the same
-number of images; those of digits are moved at random by up to a pixel. The
-learning rate is the same for all norms; it grows with the images per step, on
-shapes, where it is large already at one, with their square root. Runs that are
-done are kept, so that the same command goes on where it was stopped, and a
-larger one adds to it. On shapes, EliminationSingularityHook watches too: its
-logs, for plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of
-the channels that was dead or near elimination at the end.
+Tasks, each trained with every norm, every number of images per step and every
+seed:
 
-Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws. Arguments
-of the layer may follow, as in bcn-ws,momentum=0.1,start=average; and on the
-digits follow_lr=true, which scales BCN's momentum as the schedule scales the
-learning rate.
+  digits      a classifier of scikit-learn's digits
+  det, seg    the quickstart's Mask R-CNN, and its DeepLabV3's backbone with a
+              plain FCN head, on its shapes
+  street      the quickstart's DeepLabV3 at output stride 16 on street scenes in
+              Cityscapes' layout, of which 480x360 is enough; BN has GN in its
+              head, whose image pooling has one value per channel
+  photos      the quickstart's Mask R-CNN on photographs in COCO's layout, and its
+              box AP on these very pictures: who optimizes
+  bn-weights  EfficientNet-Lite0 with BatchNorm's ImageNet weights on the street
+              scenes, norms in the place of its BatchNorms
+
+All runs of a task see the same number of images; those of digits are moved at
+random by up to a pixel. Runs that are done are kept, so that the same command
+goes on where it was stopped, and a larger one adds to it.
+
+The learning rate is the task's. With --rates every norm has its best of these:
+the one with the lowest error on a sixth of the training pictures that is held
+out for that. The first seed tries all rates, the others the two that were
+best with it. Rates are those at one image per step; they grow with the images, but
+for the digits with their square root.
+
+EliminationSingularityHook watches all but the digits: its logs, for
+plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the channels
+that was dead or near elimination at the end.
+
+Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws; for
+bn-weights bn-frozen, bn-trained, gn-placed, bcn-read, bcn-random. Arguments of the
+layer may follow, as in bcn-ws,momentum=0.1,start=average. So may, on the digits,
+follow_lr=true, which scales BCN's momentum as the schedule scales the learning
+rate; and with bn-weights frozen=true (what leads to output stride 4),
+reading=plain (the channel stage begins with weight 1 and bias 0) and warmup=N
+(forward passes before the first step).
 
 The command is run in the folder of the repository.
 """
@@ -25,7 +44,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import List
+from typing import Dict, List
 
 from rich.console import Console
 
@@ -34,9 +53,9 @@ from bcn_mm.engine.cli import one_line_errors
 from bcn_mm.errors import InputError
 from studies import ROOT
 
-from .norms import NORMS, parse_norm
-from .records import summarize, write_csv
-from .report import draw, tables
+from .norms import NAMES, parse_norm
+from .records import Key, by_key, chosen_by, known, summarize, write_csv
+from .report import draw, draw_curves, draw_predictions, tables
 from .tasks import TASKS, Run
 from .training import cost, perform
 
@@ -57,19 +76,31 @@ def parse_args() -> argparse.Namespace:
         '--tasks',
         nargs='+',
         choices=TASKS,
-        default=list(TASKS),
-        help='(all)',
+        default=['digits', 'det', 'seg'],
+        help='(digits det seg)',
     )
-    parser.add_argument('--norms', nargs='+', metavar='NORM', help='(all)')
+    parser.add_argument('--norms', nargs='+', metavar='NORM', help="(all of a task's)")
     parser.add_argument(
         '--images',
         nargs='+',
         type=int,
         metavar='N',
-        help='images per step (1 2 4 8 16)',
+        help='images per step (1 2 4 8 16; 1 for street, photos and bn-weights)',
+    )
+    parser.add_argument(
+        '--rates',
+        nargs='+',
+        type=float,
+        metavar='RATE',
+        help="learning rates to choose from, at one image per step (the task's)",
     )
     parser.add_argument('--seeds', type=int, help='how many (3)')
-    parser.add_argument('--epochs', type=int, help='of every run (digits 30, shapes 4)')
+    parser.add_argument(
+        '--epochs',
+        type=int,
+        help='of every run (digits 30, det and seg 4, street 16, photos 24, '
+        'bn-weights 8)',
+    )
     parser.add_argument(
         '--shift',
         type=int,
@@ -90,15 +121,33 @@ def parse_args() -> argparse.Namespace:
         help='where the pictures of shapes are or go (data/shapes)',
     )
     parser.add_argument(
+        '--street-data',
+        type=Path,
+        default=ROOT / 'data' / 'cityscapes',
+        help='where the street scenes are (data/cityscapes)',
+    )
+    parser.add_argument(
+        '--photo-data',
+        type=Path,
+        default=ROOT / 'data' / 'coco',
+        help='where the photographs are (data/coco)',
+    )
+    parser.add_argument(
+        '--show',
+        action='store_true',
+        help='train nothing: the tables of what is done',
+    )
+    parser.add_argument(
         '--work-dir',
         type=Path,
-        help='where runs, results.json, results.csv and error.png go '
+        help='where runs, results.json, results.csv and pictures go '
         '(work_dirs/micro_batch_study, with --quick ...-quick)',
     )
     args = parser.parse_args()
     name = 'micro_batch_study' + ('-quick' if args.quick else '')
     args.work_dir = (args.work_dir or ROOT / 'work_dirs' / name).resolve()
-    args.data = args.data.resolve()
+    for key in ('data', 'street_data', 'photo_data'):
+        setattr(args, key, getattr(args, key).resolve())
     return args
 
 
@@ -110,10 +159,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError('--images, --seeds, --epochs and --workers must be positive')
     if args.shift < 0:
         raise InputError('--shift must not be negative')
-    following = all(TASKS[name].follows_lr for name in args.tasks)
-    for norm in args.norms or ():
-        if parse_norm(norm).follow_lr and not following:
-            raise InputError(f'norm {norm!r}: follow_lr is for the digits')
+    if args.rates and not min(args.rates) > 0:
+        raise InputError('--rates must be positive')
+    for name in args.norms or ():
+        norm = parse_norm(name)
+        for task in (TASKS[task] for task in args.tasks):
+            if name.split(',')[0] not in task.norms:
+                raise InputError(
+                    f'norm {name!r} is none of {task.name}, whose are '
+                    f'{", ".join(task.norms)}'
+                )
+            for key in norm.settings:
+                if key not in task.settings:
+                    able = [t.name for t in TASKS.values() if key in t.settings]
+                    raise InputError(f'norm {name!r}: {key} is for {", ".join(able)}')
 
 
 def grid(args: argparse.Namespace) -> List[Run]:
@@ -123,6 +182,7 @@ def grid(args: argparse.Namespace) -> List[Run]:
         task = TASKS[name]
         extent = task.quick if args.quick else task.full
         pictures = task.pictures(args)
+        held = pictures // task.holdout if args.rates and task.holdout else 0
         runs += [
             Run(
                 name,
@@ -130,15 +190,43 @@ def grid(args: argparse.Namespace) -> List[Run]:
                 n,
                 seed,
                 args.epochs or extent.epochs,
-                pictures,
-                task.rate * n**task.power,
+                pictures - held,
+                float(f'{rate * n**task.power:.3g}'),
                 args.shift if task.shifts else 0,
+                held,
             )
             for norm in args.norms or extent.norms
             for n in args.images or extent.images
+            for rate in sorted(args.rates or [task.rate])
             for seed in range(args.seeds or extent.seeds)
         ]
     return sorted(runs, key=lambda run: (-cost(run), run.seed))
+
+
+def promising(runs: List[Run], records: List[dict]) -> List[Run]:
+    """Of further seeds, those at the two rates that were best with the first.
+
+    Args:
+        runs (list[Run]): Of further seeds.
+        records (list[dict]): Of the first seed, at all rates.
+    """
+    best: Dict[Key, list] = {}
+    for key, members in by_key(records).items():
+        done = sorted((r for r in members if r['error'] is not None), key=chosen_by)
+        best[key] = [r['rate'] for r in done[:2]]
+    return [r for r in runs if r.rate in best.get((r.task, r.norm, r.images), ())]
+
+
+def results(runs: List[Run], args: argparse.Namespace, console: Console) -> List[dict]:
+    """The records of the runs; those that are not known are performed."""
+    if args.show:
+        return [r for r in (known(run, args.work_dir) for run in runs) if r]
+    if len(args.rates or ()) < 2:
+        return perform(runs, args.work_dir, args.workers, console)
+    first = [run for run in runs if run.seed == 0]
+    records = perform(first, args.work_dir, args.workers, console)
+    further = promising([run for run in runs if run.seed], records)
+    return records + perform(further, args.work_dir, args.workers, console)
 
 
 def main() -> None:
@@ -151,17 +239,24 @@ def main() -> None:
         for name, task in TASKS.items():
             if name in args.tasks:
                 task.prepare(args)
-        runs = grid(args)
-        records = perform(runs, args.work_dir, args.workers, console)
-        norms = list(dict.fromkeys(run.norm for run in runs))
-        norms = [n for n in NORMS if n in norms] + [n for n in norms if n not in NORMS]
+        records = results(grid(args), args, console)
+        if not records:
+            raise InputError(f'nothing of this is done in {args.work_dir}')
+        norms = list(dict.fromkeys(r['norm'] for r in records))
+        norms.sort(key=lambda norm: NAMES.index(norm.split(',')[0]))
         rows = summarize(records)
         write_json(args.work_dir / 'results.json', records)
         write_csv(rows, args.work_dir / 'results.csv')
         draw(rows, norms, args.work_dir / 'error.png')
+        pictures = [
+            args.work_dir / 'error.png',
+            *draw_curves(records, rows, norms, args.work_dir),
+            *draw_predictions(records, rows, norms, args.work_dir),
+        ]
     for table in tables(rows, norms):
         console.print(table)
-    console.print(f'picture   {args.work_dir / "error.png"}')
+    for picture in pictures:
+        console.print(f'picture   {picture}')
     console.print(f'results   {args.work_dir / "results.json"}, results.csv')
     failed = sum(row['failed'] for row in rows.values())
     if failed:

@@ -1,5 +1,6 @@
 """Trainings in processes of their own, which end with the worker."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,22 +11,33 @@ from studies import ROOT
 
 _running: List[subprocess.Popen] = []
 
+#: What a training says that ended for it.
+DIVERGED = 'the loss is not finite'
 
-def train(config: Path, folder: Path) -> None:
-    """Train by ``tools/train.py`` in one thread, with the bcn_mm beside it.
+
+class Diverged(ArithmeticError):
+    """The loss of a training was not finite."""
+
+
+def train(config: Path, folder: Path) -> dict:
+    """Train and test (``child.py``) in one thread, with the bcn_mm beside it.
 
     Args:
         config (Path): What to train.
         folder (Path): The work directory, which is there; ``train.log`` in it
             is what was said.
 
+    Returns:
+        dict: The metrics.
+
     Raises:
+        Diverged: if its loss was not finite.
         RuntimeError: if it failed.
     """
     paths = [os.fspath(ROOT), os.environ.get('PYTHONPATH')]
     with (folder / 'train.log').open('w') as log:
         process = subprocess.Popen(
-            [sys.executable, 'tools/train.py', config, '--work-dir', folder],
+            [sys.executable, '-m', 'studies.micro_batch.child', config, folder],
             cwd=ROOT,
             env={
                 **os.environ,
@@ -36,9 +48,15 @@ def train(config: Path, folder: Path) -> None:
             stderr=subprocess.STDOUT,
         )
         _running.append(process)
-        if process.wait():
-            raise RuntimeError(f'training failed, see {log.name}')
+        failed = process.wait()
         _running.remove(process)
+    if failed:
+        said = (folder / 'train.log').read_text()
+        if DIVERGED in said:
+            raise Diverged(DIVERGED)
+        last = (said.strip().splitlines() or ['training failed'])[-1]
+        raise RuntimeError(f'{last} (see {log.name})')
+    return json.loads((folder / 'metrics.json').read_text())
 
 
 def kill() -> None:

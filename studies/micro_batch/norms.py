@@ -1,6 +1,6 @@
 """The norms that are compared, and arguments of theirs."""
 
-from typing import NamedTuple, Optional
+from typing import Mapping, NamedTuple, Optional
 
 import yaml
 
@@ -14,11 +14,17 @@ class Norm(NamedTuple):
     norm_cfg: dict
     conv_cfg: Optional[dict]
     colour: str
-    follow_lr: bool = False  # scale its momentum as the learning rate
+    #: What a task makes of it beside the layer, see :data:`SETTINGS`.
+    settings: Mapping[str, object] = {}
 
+
+#: Options of a norm that are no arguments of the layer; a task says which it
+#: heeds (``Task.settings``).
+SETTINGS = ('follow_lr', 'frozen', 'reading', 'warmup')
 
 # 16 groups, as in the quickstart's configs: layers have 32 channels or more
 _GN, _WS = dict(type='GN', num_groups=16), dict(type='WSConv2d')
+#: From random weights.
 NORMS = {
     'bn': Norm('BN', dict(type='BN'), None, 'tab:red'),
     'ln': Norm('LN', dict(type='GN', num_groups=1), None, 'tab:brown'),
@@ -28,22 +34,32 @@ NORMS = {
     'bcn': Norm('BCN', dict(type='BCN'), None, 'tab:cyan'),
     'bcn-ws': Norm('BCN + WS', dict(type='BCN'), _WS, 'tab:blue'),
 }
+#: In the place of a trained network's BatchNorms.
+PLACED = {
+    'bn-frozen': Norm('BN, frozen', dict(type='BN'), None, 'tab:gray'),
+    'bn-trained': Norm('BN in training mode', dict(type='BN'), None, 'tab:red'),
+    'gn-placed': Norm("GN in BN's place", dict(type='GN'), None, 'tab:olive'),
+    'bcn-read': Norm('BCN from BN weights', dict(type='BCN'), None, 'tab:blue'),
+    'bcn-random': Norm('BCN, random weights', dict(type='BCN'), None, 'tab:cyan'),
+}
+#: All, in the order in which they are shown.
+NAMES = (*NORMS, *PLACED)
 
 
 def parse_norm(text: str) -> Norm:
     """``bcn-ws,momentum=0.1`` -> the norm with that argument."""
     name, *options = text.split(',')
-    if name not in NORMS:
+    norm = {**NORMS, **PLACED}.get(name)
+    if not norm:
         raise InputError(
-            f'norm {name!r} is not one of {", ".join(NORMS)} (arguments of '
+            f'norm {name!r} is not one of {", ".join(NAMES)} (arguments of '
             f'the layer follow behind a comma: bcn-ws,momentum=0.1)'
         )
-    norm = NORMS[name]
     pairs = [option.partition('=') for option in options]
     if not all(key and sign and value for key, sign, value in pairs):
         raise InputError(f'norm {text!r}: arguments look like momentum=0.1')
     more = {key: yaml.safe_load(value) for key, _, value in pairs}
     title = ', '.join([norm.title, *(f'{k} {v}' for k, v in more.items())])
-    follow = bool(more.pop('follow_lr', False))
+    settings = {key: more.pop(key) for key in SETTINGS if key in more}
     norm_cfg = {**norm.norm_cfg, **more}
-    return norm._replace(title=title, norm_cfg=norm_cfg, follow_lr=follow)
+    return norm._replace(title=title, norm_cfg=norm_cfg, settings=settings)

@@ -13,6 +13,8 @@ from .tasks import Run
 
 #: Of a row: task, norm, images per step.
 Key = Tuple[str, str, int]
+#: Rates whose error is higher than the best one's by no more are as good.
+CLOSE = 3.0
 
 
 def keep(run: Run, record: dict, folder: Path) -> None:
@@ -34,23 +36,74 @@ def _path(run: Run, folder: Path) -> Path:
     return folder / 'runs' / f'{run.name}.json'
 
 
-def summarize(records: List[dict]) -> Dict[Key, dict]:
-    """Mean and spread over seeds, by (task, norm, images)."""
+def by_key(records: List[dict]) -> Dict[Key, List[dict]]:
+    """Those of each (task, norm, images)."""
     groups: Dict[Key, List[dict]] = {}
-    for r in sorted(records, key=lambda r: (r['images'], r['seed'])):
+    for r in sorted(records, key=lambda r: (r['images'], r['rate'], r['seed'])):
         groups.setdefault((r['task'], r['norm'], r['images']), []).append(r)
+    return groups
+
+
+def chosen_by(record: dict) -> float:
+    """What rates are chosen by: the error on what was held out.
+
+    Where nothing was, the error itself: there is one rate, or the task is to
+    fit the pictures that it is trained on.
+    """
+    return record['held'] if record['held_out'] else record['error']
+
+
+def rates_of(members: List[dict]) -> Tuple[float, List[float]]:
+    """The best rate of a norm, and those that are about as good.
+
+    The best has the lowest mean of :func:`chosen_by` over seeds, among the
+    rates that most seeds were tried at. Others are compared with it over the
+    seeds that both have.
+
+    Args:
+        members (list[dict]): Records of one (task, norm, images), with one
+            that has not failed at least.
+    """
+    errors: Dict[float, Dict[int, float]] = {}
+    for r in members:
+        if r['error'] is not None:
+            errors.setdefault(r['rate'], {})[r['seed']] = chosen_by(r)
+    most = max(map(len, errors.values()))
+    best = min(
+        (rate for rate in errors if len(errors[rate]) == most),
+        key=lambda rate: (np.mean(list(errors[rate].values())), rate),
+    )
+
+    def behind(rate: float) -> float:
+        shared = errors[rate].keys() & errors[best].keys()
+        gaps = [errors[rate][seed] - errors[best][seed] for seed in shared]
+        return float(np.mean(gaps)) if gaps else float('inf')
+
+    return best, sorted(rate for rate in errors if behind(rate) <= CLOSE)
+
+
+def summarize(records: List[dict]) -> Dict[Key, dict]:
+    """Mean and spread over seeds at the best rate, by (task, norm, images)."""
     rows = {}
-    for key, members in groups.items():
-        values = [r['error'] for r in members if r['error'] is not None]
+    for key, members in by_key(records).items():
+        done = [r for r in members if r['error'] is not None]
+        best, close = rates_of(members) if done else (members[0]['rate'], [])
+        at_best = [r for r in done if r['rate'] == best]
+        values = [r['error'] for r in at_best]
         spread = np.std(values, ddof=1) if len(values) > 1 else float('nan')
         rows[key] = dict(
             mean=float(np.mean(values)) if values else float('nan'),
             sd=float(spread),
             se=float(spread / max(len(values), 1) ** 0.5),
             seeds=len(values),
-            failed=len(members) - len(values),
-            dead=_mean_of('dead', members),
-            near=_mean_of('near', members),
+            failed=len(members) - len(done),
+            dead=_mean_of('dead', at_best),
+            near=_mean_of('near', at_best),
+            rate=best,
+            close=close,
+            tried=sorted({r['rate'] for r in done}),
+            diverged=sorted({r['rate'] for r in done if r.get('diverged')}),
+            loss=_mean_of('loss', at_best),
         )
     return rows
 
@@ -60,23 +113,38 @@ def _mean_of(key: str, members: List[dict]):
     return float(np.mean(values)) if values else None
 
 
+#: Column of results.csv -> of a row.
+_COLUMNS = dict(
+    error_mean='mean',
+    error_sd='sd',
+    error_se='se',
+    seeds='seeds',
+    failed='failed',
+    dead_percent='dead',
+    near_percent='near',
+    rate='rate',
+    close_rates='close',
+    rates='tried',
+    diverged_at='diverged',
+    loss='loss',
+)
+
+
 def write_csv(rows: Dict[Key, dict], path: Path) -> None:
     """Write what :func:`summarize` returns."""
     with replacing(path) as draft, open(draft, 'w', newline='') as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [
-                'task',
-                'norm',
-                'images_per_step',
-                'error_mean',
-                'error_sd',
-                'error_se',
-                'seeds',
-                'failed',
-                'dead_percent',
-                'near_percent',
-            ]
-        )
+        writer.writerow(['task', 'norm', 'images_per_step', *_COLUMNS])
         for key, row in rows.items():
-            writer.writerow([*key, *row.values()])
+            cells = [row[name] for name in _COLUMNS.values()]
+            writer.writerow(
+                [
+                    *key,
+                    *(
+                        ' '.join(f'{c:g}' for c in cell)
+                        if isinstance(cell, list)
+                        else cell
+                        for cell in cells
+                    ),
+                ]
+            )

@@ -75,8 +75,9 @@ def perform(
                     else f'[red]failed: {record["failed"]}'
                 )
                 console.print(
-                    f'{run.task} {run.norm}, images {run.images}, seed '
-                    f'{run.seed}: {what} in {record["minutes"]:.1f} min'
+                    f'{run.task} {run.norm}, images {run.images}, rate '
+                    f'{run.rate:g}, seed {run.seed}: {what} in '
+                    f'{record["minutes"]:.1f} min'
                 )
         except BaseException:
             for process in list(pool._processes.values()):

@@ -30,7 +30,7 @@ class Digits(Task):
     rate, power = 0.00625, 1
     step_cost, image_cost = 5e-3, 5e-4
     shifts = True
-    follows_lr = True
+    settings = ('follow_lr',)
 
     def prepare(self, args: argparse.Namespace) -> None:
         digits()
@@ -47,7 +47,7 @@ class Digits(Task):
         following = {
             layer: layer.momentum
             for layer in model.modules()
-            if norm.follow_lr and isinstance(layer, BCN)
+            if norm.settings.get('follow_lr') and isinstance(layer, BCN)
         }
         optimizer = torch.optim.SGD(
             model.parameters(),
@@ -56,7 +56,8 @@ class Digits(Task):
             weight_decay=1e-4,
         )
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, run.steps)
-        for shown, true in batches(run, pictures[:TRAINED], classes[:TRAINED]):
+        used = slice(run.pictures)
+        for shown, true in batches(run, pictures[used], classes[used]):
             for layer, momentum in following.items():
                 layer.momentum = momentum * schedule.get_last_lr()[0] / run.rate
             loss = nn.functional.cross_entropy(model(shown), true)
@@ -65,10 +66,16 @@ class Digits(Task):
             optimizer.step()
             schedule.step()
         model.eval()
-        with torch.no_grad():
-            found = model(pictures[TRAINED:]).argmax(1)
-        wrong = found != classes[TRAINED:]
-        return dict(error=100 * wrong.double().mean().item())
+
+        @torch.no_grad()
+        def wrong(which: slice) -> float:
+            found = model(pictures[which]).argmax(1)
+            return 100 * (found != classes[which]).double().mean().item()
+
+        result = dict(error=wrong(slice(TRAINED, None)))
+        if run.held_out:
+            result['held'] = wrong(slice(run.pictures, run.pictures + run.held_out))
+        return result
 
 
 def digits() -> Tuple[torch.Tensor, torch.Tensor]:

@@ -17,14 +17,15 @@ class Run(NamedTuple):
     images: int
     seed: int
     epochs: int
-    pictures: int  # in an epoch
+    pictures: int  # trained on in an epoch
     rate: float  # of learning
     shift: int = 0  # in pixels, of digits
+    held_out: int = 0  # pictures of the training set that are not trained on
 
     @property
     def name(self) -> str:
         norm = self.norm.replace('=', '-').replace(',', '_')
-        return f'{self.task}_{norm}_{self.images}_s{self.seed}'
+        return f'{self.task}_{norm}_{self.images}_r{self.rate:g}_s{self.seed}'
 
     @property
     def steps(self) -> int:
@@ -41,7 +42,7 @@ class Extent(NamedTuple):
 
 
 class Task(abc.ABC):
-    """What networks are trained on from scratch, one with every norm.
+    """What networks are trained on, one with every norm.
 
     Attributes:
         name (str): What the command line and records call it.
@@ -49,12 +50,16 @@ class Task(abc.ABC):
         error (str): What is measured there.
         full (Extent): Of a study.
         quick (Extent): Of one with ``--quick``.
+        norms (sequence[str]): That it can be asked for.
         rate (float): The learning rate at one image per step, and
         power (float): with what power of their number it grows.
         step_cost (float): About how many seconds a step takes,
         image_cost (float): and every image in it.
+        holdout (int): One in so many pictures of the training set, the last
+            ones, is held out where a learning rate is to be chosen; 0 for none,
+            where what is measured is how well the training set is fitted.
         shifts (bool): Whether images are moved by up to ``Run.shift`` pixels.
-        follows_lr (bool): Whether ``Norm.follow_lr`` is heeded.
+        settings (sequence[str]): Of ``Norm.settings``, those that it heeds.
     """
 
     name: str
@@ -62,12 +67,14 @@ class Task(abc.ABC):
     error: str
     full: Extent
     quick: Extent
+    norms: Sequence[str] = tuple(NORMS)
     rate: float
     power: float
     step_cost: float
     image_cost: float
+    holdout = 6
     shifts = False
-    follows_lr = False
+    settings: Sequence[str] = ()
 
     @abc.abstractmethod
     def prepare(self, args: argparse.Namespace) -> None:
@@ -79,18 +86,22 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def pictures(self, args: argparse.Namespace) -> int:
-        """How many are trained on in an epoch, of data that are prepared."""
+        """How many the training set has, of data that are prepared."""
 
     @abc.abstractmethod
     def train(self, run: Run, folder: Path) -> dict:
         """Train a network, and test it.
+
+        The ``run.pictures`` first pictures of the training set are trained
+        on, and the ``run.held_out`` behind them are not.
 
         Args:
             run (Run): Of this task.
             folder (Path): For logs; made if it is needed.
 
         Returns:
-            dict: ``error``, and what else the record is to hold.
+            dict: ``error``; ``held``, the same on the pictures held out, if
+            there are any; and what else the record is to hold.
         """
 
     def cost(self, run: Run) -> float:
