@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import List
+from typing import IO, List
 
 from studies import ROOT
 
@@ -34,22 +34,8 @@ def train(config: Path, folder: Path) -> dict:
         Diverged: if its loss was not finite.
         RuntimeError: if it failed.
     """
-    paths = [os.fspath(ROOT), os.environ.get('PYTHONPATH')]
     with (folder / 'train.log').open('w') as log:
-        process = subprocess.Popen(
-            [sys.executable, '-m', 'studies.micro_batch.child', config, folder],
-            cwd=ROOT,
-            env={
-                **os.environ,
-                'OMP_NUM_THREADS': '1',
-                'PYTHONPATH': os.pathsep.join(filter(None, paths)),
-            },
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        _running.append(process)
-        failed = process.wait()
-        _running.remove(process)
+        failed = _run(config, folder, log)
     if failed:
         said = (folder / 'train.log').read_text()
         if DIVERGED in said:
@@ -57,6 +43,26 @@ def train(config: Path, folder: Path) -> dict:
         last = (said.strip().splitlines() or ['training failed'])[-1]
         raise RuntimeError(f'{last} (see {log.name})')
     return json.loads((folder / 'metrics.json').read_text())
+
+
+def _run(config: Path, folder: Path, log: IO[str]) -> int:
+    """The exit status of a training."""
+    paths = [os.fspath(ROOT), os.environ.get('PYTHONPATH')]
+    process = subprocess.Popen(
+        [sys.executable, '-m', 'studies.micro_batch.child', config, folder],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            'OMP_NUM_THREADS': '1',
+            'PYTHONPATH': os.pathsep.join(filter(None, paths)),
+        },
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    _running.append(process)
+    status = process.wait()
+    _running.remove(process)
+    return status
 
 
 def kill() -> None:

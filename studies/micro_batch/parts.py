@@ -137,6 +137,8 @@ class WarmUpEstimates(Hook):
     @torch.no_grad()
     def before_train(self, runner: Runner) -> None:
         runner.model.train()
-        for batch in itertools.islice(runner.train_dataloader, self.passes):
+        for batch in itertools.islice(
+            runner.train_loop.dataloader_iterator, self.passes
+        ):
             data = runner.model.data_preprocessor(batch, True)
             runner.model.extract_feat(data['inputs'])

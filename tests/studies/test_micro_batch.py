@@ -23,6 +23,7 @@ from bcn_mm import BCN
 from studies.micro_batch.norms import NORMS, parse_norm
 from studies.micro_batch.tasks import TASKS, Run, digits
 
+pytest_plugins = ['study_data']
 STUDY = ('-m', 'studies.micro_batch')
 
 needs_digits = pytest.mark.skipif(
@@ -51,6 +52,13 @@ def results(folder):
     return {(r['task'], r['norm'], r['images'], r['seed']): r['error'] for r in records}
 
 
+@pytest.fixture
+def data(shapes, street, photos, monkeypatch):
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+    monkeypatch.setenv('STREET_ROOT', str(street))
+    monkeypatch.setenv('PHOTOS_ROOT', str(photos))
+
+
 @needs_digits
 @pytest.mark.slow
 def test_goes_on_and_grows(tmp_path, python):
@@ -62,8 +70,8 @@ def test_goes_on_and_grows(tmp_path, python):
     assert all(0 < error < 100 for error in first.values())
     assert len(set(first.values())) > 1
     # what a process that died had begun to write, and a run of other length
-    (tmp_path / 'runs' / 'digits_bn_8_s0.json').write_text('{"task": "dig')
-    path = tmp_path / 'runs' / 'digits_bn_16_s0.json'
+    (tmp_path / 'runs' / 'digits_bn_8_r0.05_s0.json').write_text('{"task": "dig')
+    path = tmp_path / 'runs' / 'digits_bn_16_r0.1_s0.json'
     other = dict(json.loads(path.read_text()), epochs=7, error=99.0)
     path.write_text(json.dumps(other))
     shown = study(python, tmp_path, *words, 'bn', variant, '--seeds', 2)
@@ -134,10 +142,21 @@ def test_shapes(task, shapes, tmp_path, python):
     assert near == {'in': '', 'bcn-ws': ''}
 
 
-@pytest.mark.parametrize('norm', [*NORMS, 'bcn-ws,momentum=0.2'])
-@pytest.mark.parametrize('task', ['det', 'seg'])
-def test_networks_have_the_norm_and_no_other(task, norm, shapes, monkeypatch):
-    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+@pytest.mark.parametrize(
+    'task, norm',
+    [
+        ('det', 'bn'),
+        ('det', 'gn-ws'),
+        ('det', 'bcn-ws,momentum=0.2'),
+        ('seg', 'ln'),
+        ('seg', 'bcn-ws'),
+        ('street', 'gn'),
+        ('street', 'bcn-ws'),
+        ('photos', 'in'),
+        ('photos', 'bcn'),
+    ],
+)
+def test_networks_have_the_norm_and_no_other(task, norm, data):
     run = Run(task, norm, 2, seed=5, epochs=3, pictures=11, rate=0.01)
     assert run.steps == 18
     cfg = TASKS[task].config(run)
@@ -203,10 +222,19 @@ def test_the_digits_are_learned_and_repeatable(tmp_path):
     [
         (['--norms', 'bm'], "norm 'bm' is not one of bn, ln"),
         (['--norms', 'bcn,momentum'], 'arguments look like momentum=0.1'),
-        (['--norms', 'bcn,follow_lr=true'], 'follow_lr is for the digits'),
+        (['--norms', 'bcn,follow_lr=true'], 'follow_lr is for digits'),
         (['--images', '0'], 'must be positive'),
         (['--seeds', '0'], 'must be positive'),
         (['--shift', '-1'], 'must not be negative'),
+        (['--rates', '0'], '--rates must be positive'),
+        (['--tasks', 'street', '--norms', 'bn-frozen'], 'is none of street'),
+        (
+            ['--tasks', 'street', '--norms', 'bcn,warmup=9'],
+            'warmup is for bn-weights',
+        ),
+        (['--tasks', 'street', '--street-data', '/no'], 'leftImg8bit is missing'),
+        (['--tasks', 'photos', '--photo-data', '/no'], 'instances_train2017.json is'),
+        (['--tasks', 'digits', '--show'], 'nothing of this is done'),
     ],
 )
 def test_bad_arguments(words, message, tmp_path, refused):
@@ -260,7 +288,7 @@ def test_leaves_no_process_behind(shapes, tmp_path):
                     found.append(int(file.parent.name))
         return found
 
-    log = tmp_path / 'logs' / 'det_bn_1_s0' / 'train.log'
+    log = tmp_path / 'logs' / 'det_bn_1_r0.02_s0' / 'train.log'
     deadline = time.monotonic() + 120
     while not (log.exists() and log.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline

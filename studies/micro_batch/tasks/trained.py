@@ -2,6 +2,7 @@
 
 import abc
 import json
+import math
 import time
 from pathlib import Path
 from typing import Iterator, Tuple
@@ -96,7 +97,7 @@ class Trained(Task):
         cfg.train_cfg = dict(
             type='IterBasedTrainLoop',
             max_iters=run.steps,
-            val_interval=max(1, run.steps // self.evaluations),
+            val_interval=math.ceil(run.steps / self.evaluations),
         )
         cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
         cfg.optim_wrapper.optimizer.lr = run.rate

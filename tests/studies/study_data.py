@@ -1,0 +1,59 @@
+"""A few pictures for the tasks of the study, in the layouts that they have."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+# Of Cityscapes: road, building, sky, car.
+CLASSES = (0, 2, 10, 13)
+
+
+@pytest.fixture(scope='session')
+def street(tmp_path_factory):
+    """Scenes of four of Cityscapes' classes, a colour each: 7 and 3."""
+    root = tmp_path_factory.mktemp('data') / 'cityscapes'
+    random = np.random.default_rng(0)
+    for split, count in (('train', 7), ('val', 3)):
+        folders = [root / part / split / 'town' for part in ('leftImg8bit', 'gtFine')]
+        for folder in folders:
+            folder.mkdir(parents=True)
+        for index in range(count):
+            labels = random.choice(CLASSES, (3, 4)).astype(np.uint8)
+            labels = np.kron(labels, np.ones((24, 24), np.uint8))
+            labels[0, :9] = 255
+            picture = np.stack([labels * 15, 255 - labels * 15, labels * 9], 2)
+            noise = random.integers(0, 20, picture.shape, dtype=np.uint8)
+            name = f'town_{index:06d}_000019'
+            for folder, end, image in (
+                (folders[0], 'leftImg8bit', picture // 2 + noise),
+                (folders[1], 'gtFine_labelTrainIds', labels),
+            ):
+                cv2.imwrite(str(folder / f'{name}_{end}.png'), image)
+    return root
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory, shapes):
+    """The training pictures of shapes in COCO's layout, with its categories."""
+    root = tmp_path_factory.mktemp('data') / 'coco'
+    (root / 'annotations').mkdir(parents=True)
+    (root / 'train2017').symlink_to(shapes / 'train')
+    path = shapes / 'annotations' / 'instances_train.json'
+    content = json.loads(path.read_text())
+    names = ['person', 'bicycle', 'car']
+    for category, name in zip(content['categories'], names):
+        category['name'] = name
+    content['categories'] += [
+        dict(id=100 + k, name=name) for k, name in enumerate(_others(names))
+    ]
+    target = root / 'annotations' / 'instances_train2017.json'
+    target.write_text(json.dumps(content))
+    return root
+
+
+def _others(names):
+    from mmdet.datasets import CocoDataset
+
+    return [n for n in CocoDataset.METAINFO['classes'] if n not in names]

@@ -1,0 +1,167 @@
+"""Learning rates of the micro-batch study: each norm at its own best, which
+validation pictures have no part in."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mmengine.registry import DATASETS, init_default_scope
+
+from studies.micro_batch import __main__ as command
+from studies.micro_batch import training
+from studies.micro_batch.records import CLOSE, known, rates_of, summarize
+from studies.micro_batch.tasks import TASKS, Run, digits
+
+pytest_plugins = ['study_data']
+
+RATES = (0.01, 0.02, 0.04)
+errors = st.floats(0, 100)
+
+
+def record(rate, seed, error, held, norm='bcn', held_out=5, **more):
+    run = Run('street', norm, 1, seed, 1, 10, rate, held_out=held_out)
+    return dict(run._asdict(), error=error, held=held, **more)
+
+
+@st.composite
+def grids(draw):
+    """All rates with the first seed, and some with a second."""
+    return [
+        record(rate, seed, draw(errors), draw(errors))
+        for rate in RATES
+        for seed in range(draw(st.integers(1, 2)))
+    ]
+
+
+@given(grids(), st.randoms())
+def test_the_choice_does_not_see_validation(members, random):
+    others = [dict(r, error=random.uniform(0, 100)) for r in members]
+    assert rates_of(others) == rates_of(members)
+    # nor does that of what is run next
+    runs = [Run('street', 'bcn', 1, 1, 1, 10, rate, held_out=5) for rate in RATES]
+    first, first_of_others = (
+        [r for r in group if r['seed'] == 0] for group in (members, others)
+    )
+    assert command.promising(runs, first) == command.promising(runs, first_of_others)
+
+
+@given(grids())
+def test_the_row_is_at_the_norms_own_best(members):
+    # a norm beside it does not matter
+    row = summarize([*members, record(0.04, 0, 0.0, 0.0, norm='gn')])[
+        'street', 'bcn', 1
+    ]
+    at_best = [r for r in members if r['rate'] == row['rate']]
+    assert row['mean'] == pytest.approx(np.mean([r['error'] for r in at_best]))
+    assert row['rate'] in row['close'] and set(row['close']) <= set(RATES)
+    seeds = {rate: sum(r['rate'] == rate for r in members) for rate in RATES}
+    assert seeds[row['rate']] == max(seeds.values())
+    for rate in RATES:
+        held = [r['held'] for r in members if r['rate'] == rate]
+        if seeds[rate] == row['seeds']:
+            gap = np.mean(held) - np.mean([r['held'] for r in at_best])
+            assert gap >= -1e-9
+            assert (rate in row['close']) == (gap <= CLOSE) or abs(gap - CLOSE) < 1e-9
+
+
+def test_what_failed_and_what_diverged():
+    failed = dict(record(0.01, 0, None, None))
+    del failed['held']
+    diverged = record(0.04, 0, 100.0, 100.0, diverged=True)
+    (row,) = summarize([failed, record(0.02, 0, 7.0, 9.0), diverged]).values()
+    assert (row['rate'], row['mean'], row['failed']) == (0.02, 7.0, 1)
+    assert row['diverged'] == [0.04] and row['close'] == [0.02]
+    (row,) = summarize([failed]).values()
+    assert row['failed'] == 1 and np.isnan(row['mean'])
+
+
+def test_without_held_out_pictures_the_error_itself_decides():
+    members = [record(r, 0, e, None, held_out=0) for r, e in zip(RATES, (3, 1, 2))]
+    assert rates_of(members) == (0.02, list(RATES))
+
+
+@pytest.mark.parametrize('task', ['det', 'seg', 'street'])
+def test_held_out_pictures_are_not_trained_on(task, shapes, street, monkeypatch):
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+    monkeypatch.setenv('STREET_ROOT', str(street))
+    whole = 7 if task == 'street' else 12
+    run = Run(task, 'bcn', 1, 0, 1, whole - 2, 0.01, held_out=2)
+    cfg = TASKS[task].config(run)
+    init_default_scope(cfg.default_scope)
+
+    def files(loader):
+        data = DATASETS.build(copy.deepcopy(loader.dataset))
+        return [data.get_data_info(k)['img_path'] for k in range(len(data))]
+
+    trained, held = files(cfg.train_dataloader), files(cfg.val_dataloader)
+    assert len(trained) == whole - 2 and len(held) == 2
+    alone = TASKS[task].config(run._replace(pictures=whole, held_out=0))
+    assert alone.val_dataloader is None
+    assert sorted(trained + held) == sorted(files(alone.train_dataloader))
+    tested = files(cfg.test_dataloader)
+    assert tested and not {*tested} & {*trained, *held}
+    same = 'pipeline'
+    assert cfg.val_dataloader.dataset[same] == cfg.test_dataloader.dataset[same]
+
+
+def test_held_out_digits_are_not_trained_on(monkeypatch, tmp_path):
+    pytest.importorskip('sklearn', reason='the digits need scikit-learn')
+    shown, batches = [], digits.batches
+
+    def watched(run, pictures, classes):
+        shown.append(len(pictures))
+        assert pictures.data_ptr() == digits_.data_ptr()  # the first ones
+        yield from batches(run, pictures, classes)
+
+    digits_, classes = digits.digits()
+    monkeypatch.setattr(digits, 'digits', lambda: (digits_, classes))
+    monkeypatch.setattr(digits, 'batches', watched)
+    run = Run('digits', 'gn', 100, 0, 1, 834, 0.1, held_out=166)
+    result = TASKS['digits'].train(run, tmp_path)
+    assert shown == [834] and 0 < result['held'] < 100
+    # counts of 166 and of 797 pictures
+    for error, count in ((result['held'], 166), (result['error'], 797)):
+        assert error * count / 100 == pytest.approx(round(error * count / 100))
+
+
+def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, capsys):
+    """Nothing that is known is run again; another seed and --show add nothing else."""
+    pytest.importorskip('sklearn', reason='the digits need scikit-learn')
+    performed = []
+
+    def train(run, folder):
+        performed.append(run)
+        distance = abs(np.log(run.rate / (0.2 if 'gn' in run.norm else 0.8)))
+        return dict(error=10 * distance, held=20 * distance)
+
+    def perform(runs, folder, workers, console):
+        """One after the other, in this process."""
+        return [known(run, folder) or training._work(run, folder) for run in runs]
+
+    monkeypatch.setattr(TASKS['digits'], 'train', train)
+    monkeypatch.setattr(command, 'perform', perform)
+    words = ['--tasks', 'digits', '--images', '16', '--norms', 'gn', 'bcn']
+    words += ['--rates', '0.0125', '0.025', '0.05', '--work-dir', str(tmp_path)]
+
+    def study(*more):
+        monkeypatch.setattr('sys.argv', ['study', *words, *more])
+        command.main()
+        done, performed[:] = list(performed), []
+        return {(r.norm, r.rate, r.seed) for r in done}
+
+    rates = (0.2, 0.4, 0.8)
+    first = {(norm, rate, 0) for norm in ('gn', 'bcn') for rate in rates}
+    assert study('--seeds', '1') == first
+    best = dict(gn=rates[:2], bcn=rates[1:])
+    assert study('--seeds', '2') == {
+        (norm, rate, 1) for norm in best for rate in best[norm]
+    }
+    assert study('--seeds', '2') == set()
+    capsys.readouterr()
+    assert study('--seeds', '3', '--show') == set()
+    assert '(2), at 0.2 of 3 rates' in capsys.readouterr().out.replace('\n', ' ')
+    rows = {r['norm']: r for r in json.loads((tmp_path / 'results.json').read_text())}
+    assert all(r['held_out'] == 166 and r['pictures'] == 834 for r in rows.values())

