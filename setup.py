@@ -104,7 +104,10 @@ def kernels() -> dict:
 
 extras = dict(
     mm=requirements('mminstall'),
-    **{name: requirements(name) for name in ('imagenet', 'export', 'study', 'docs')},
+    **{
+        name: requirements(name)
+        for name in ('imagenet', 'export', 'study', 'study-weights', 'docs')
+    },
 )
 extras['tests'] = sum(
     (requirements(name) for name in ('tests', 'export', 'study', 'docs')), []

