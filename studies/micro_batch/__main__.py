@@ -48,14 +48,14 @@ from typing import Dict, List
 
 from rich.console import Console
 
-from bcn_mm._files import write_json
+from bcn_mm._files import replacing, write_json
 from bcn_mm.engine.cli import one_line_errors
 from bcn_mm.errors import InputError
 from studies import ROOT
 
 from .norms import NAMES, parse_norm
 from .records import Key, by_key, chosen_by, known, summarize, write_csv
-from .report import draw, draw_curves, draw_predictions, tables
+from .report import draw, draw_curves, draw_predictions, markdown, tables
 from .tasks import TASKS, Run
 from .training import cost, perform
 
@@ -140,7 +140,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--work-dir',
         type=Path,
-        help='where runs, results.json, results.csv and pictures go '
+        help='where runs, results.json, .csv and .md and pictures go '
         '(work_dirs/micro_batch_study, with --quick ...-quick)',
     )
     args = parser.parse_args()
@@ -247,6 +247,8 @@ def main() -> None:
         rows = summarize(records)
         write_json(args.work_dir / 'results.json', records)
         write_csv(rows, args.work_dir / 'results.csv')
+        with replacing(args.work_dir / 'results.md') as draft:
+            Path(draft).write_text(markdown(rows, norms))
         draw(rows, norms, args.work_dir / 'error.png')
         pictures = [
             args.work_dir / 'error.png',
@@ -257,7 +259,9 @@ def main() -> None:
         console.print(table)
     for picture in pictures:
         console.print(f'picture   {picture}')
-    console.print(f'results   {args.work_dir / "results.json"}, results.csv')
+    console.print(
+        f'results   {args.work_dir / "results.json"}, results.csv, results.md'
+    )
     failed = sum(row['failed'] for row in rows.values())
     if failed:
         sys.exit(f'error: {failed} runs failed; the same command tries again')

@@ -12,7 +12,7 @@ from rich.table import Table
 from bcn_mm._files import replacing
 
 from .norms import parse_norm
-from .records import Key
+from .records import CLOSE, Key
 from .tasks import TASKS, Run
 
 
@@ -221,3 +221,43 @@ def _cell(row: dict) -> str:
     if row['near'] is not None:
         text += f', near {row["near"]:.1f}%'
     return text + (f', {row["failed"]} failed' if row['failed'] else '')
+
+
+def markdown(rows: Dict[Key, dict], norms: List[str]) -> str:
+    """A table for each task and number of images, as the results page has them.
+
+    What is 100 less a metric is turned into the metric.
+    """
+    blocks = []
+    for name, task in TASKS.items():
+        for images in sorted({key[2] for key in rows if key[0] == name}):
+            metric = task.error.replace('100 - ', '')
+            turned = task.error.startswith('100 - ')
+            lines = [
+                f'{task.title}, {images} per step:',
+                '',
+                f'| norm | {metric} | seeds | rate | within {CLOSE:g} of it | tried | '
+                f'diverged | dead or near (%) |',
+                '| --- ' * 8 + '|',
+            ]
+            for norm in norms:
+                row = rows.get((name, norm, images))
+                if row and row['seeds']:
+                    mean = 100 - row['mean'] if turned else row['mean']
+                    spread = f' ± {row["sd"]:.1f}' if row['seeds'] > 1 else ''
+                    near = '' if row['near'] is None else f'{row["near"]:.1f}'
+                    lists = [
+                        ', '.join(f'{rate:g}' for rate in row[key])
+                        for key in ('close', 'tried', 'diverged')
+                    ]
+                    cells = [
+                        parse_norm(norm).title,
+                        f'{mean:.1f}{spread}',
+                        row['seeds'],
+                        f'{row["rate"]:g}',
+                        *lists,
+                        near,
+                    ]
+                    lines.append(f'| {" | ".join(map(str, cells))} |')
+            blocks.append('\n'.join(lines))
+    return '\n\n'.join(blocks) + '\n'
