@@ -6,6 +6,7 @@ tools have them through ``custom_imports``; the tools here add
 :mod:`bcn_mm.ops`, which works without the mm packages.)
 """
 
+import functools
 import importlib.util
 import sys
 from collections import OrderedDict
@@ -112,12 +113,14 @@ def offer_configs() -> None:
     if importlib.util.find_spec('mmseg'):
         MODULE2PACKAGE['mmseg'] = 'mmseg'
     find = Config._get_cfg_path
+    # mmengine reads all metafiles of a package, every time
+    find_in_package = functools.lru_cache(maxsize=None)(lambda path: find(path, ''))
 
     def find_config(path: str, filename: str) -> Tuple[str, Optional[str]]:
         """Without the scope 'bcn_mm', which mmengine would make up for it:
         everything here is registered in the root, and a config's pipeline is
         to be built in the scope of the config that uses it."""
-        found, scope = find(path, filename)
+        found, scope = find_in_package(path) if '::' in path else find(path, filename)
         return found, None if scope == 'bcn_mm' else scope
 
     Config._get_cfg_path = staticmethod(find_config)

@@ -73,7 +73,7 @@ def test_starts_from_the_authors_model(real_data, tmp_path, python):
 @pytest.mark.real_data
 @pytest.mark.parametrize('data', FULL)
 def test_trains_at_its_own_scale(data, real_data, tmp_path, python):
-    """A few steps, then a picture, of half the size where that is Cityscapes'.
+    """A few steps, then a picture, of a quarter of the size where that is Cityscapes'.
 
     BCN_MM_STEPS=20 for that many steps.
     """
@@ -104,7 +104,7 @@ def test_trains_at_its_own_scale(data, real_data, tmp_path, python):
         quiet += [
             f'train_cfg.max_iters={steps}',
             f'default_hooks.checkpoint.interval={steps}',
-            'test_dataloader.dataset.pipeline.1.scale=(1024,512)',
+            'test_dataloader.dataset.pipeline.1.scale=(512,256)',
         ]
     words = ('--cfg-options', *quiet)
     python('tools/train.py', config, '--work-dir', tmp_path, *words, timeout=1100)

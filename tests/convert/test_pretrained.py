@@ -1,5 +1,7 @@
 """Checkpoints that a config starts from, and stages that it freezes."""
 
+import functools
+
 import pytest
 import torch
 from support.stock_configs import DEEPLAB, RETINA, STOCK, model_of
@@ -80,6 +82,7 @@ def test_pretrained_bcn_weights(tmp_path):
     assert cfg.model.backbone.init_cfg.checkpoint.endswith('x.pth')
 
 
+@functools.lru_cache(maxsize=None)
 def bad_checkpoints():
     source = read_config(STOCK['names its norm'])
     source.model.backbone.update(init_cfg=None)

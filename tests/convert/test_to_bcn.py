@@ -21,14 +21,20 @@ from bcn_mm.convert import (
 from bcn_mm.layers import is_replaceable
 
 
-@pytest.mark.parametrize('source', STOCK.values(), ids=STOCK)
+@pytest.fixture(scope='module', params=STOCK.values(), ids=STOCK)
+def given(request):
+    """A stock config: its name, what it says, its model."""
+    cfg = read_config(request.param)
+    return request.param, cfg, model_of(cfg)
+
+
 @pytest.mark.parametrize('ws', [False, True])
-def test_every_norm_becomes_bcn(source, ws, tmp_path):
-    cfg = read_config(source)
+def test_every_norm_becomes_bcn(given, ws, tmp_path):
+    source, cfg, stock = given
     before = copy.deepcopy(cfg.to_dict())
     new = to_bcn(cfg, ws=ws)
     assert cfg.to_dict() == before
-    stock, model = model_of(cfg), model_of(new)
+    model = model_of(new)
     where = [n for n, m in stock.named_modules() if is_replaceable(type(m))]
     assert where and not leftovers(model)
     assert parents(where) == parents(
