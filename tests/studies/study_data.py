@@ -1,6 +1,9 @@
-"""A few pictures for the tasks of the study, in the layouts that they have."""
+"""A few pictures for the tasks of the study, in the layouts that they have, and the
+study in this process."""
 
 import json
+import runpy
+import sys
 
 import cv2
 import numpy as np
@@ -36,12 +39,17 @@ def street(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def photos(tmp_path_factory, shapes):
-    """The training pictures of shapes in COCO's layout, with its categories."""
+    """Four pictures of shapes in COCO's layout, with its categories."""
     root = tmp_path_factory.mktemp('data') / 'coco'
     (root / 'annotations').mkdir(parents=True)
     (root / 'train2017').symlink_to(shapes / 'train')
     path = shapes / 'annotations' / 'instances_train.json'
     content = json.loads(path.read_text())
+    content['images'] = content['images'][:4]
+    kept = {image['id'] for image in content['images']}
+    content['annotations'] = [
+        a for a in content['annotations'] if a['image_id'] in kept
+    ]
     names = ['person', 'bicycle', 'car']
     for category, name in zip(content['categories'], names):
         category['name'] = name
@@ -57,3 +65,28 @@ def _others(names):
     from mmdet.datasets import CocoDataset
 
     return [n for n in CocoDataset.METAINFO['classes'] if n not in names]
+
+
+@pytest.fixture
+def one_by_one(monkeypatch, capsys):
+    """The study without processes of its own; what it says."""
+    from studies.micro_batch import plan, training
+    from studies.micro_batch.records import known
+
+    def perform(runs, folder, workers, console):
+        return [known(run, folder) or training._work(run, folder) for run in runs]
+
+    monkeypatch.setattr(plan, 'perform', perform)
+    monkeypatch.setenv('COLUMNS', '200')
+
+    def study(*words, code=None):
+        monkeypatch.setattr(sys, 'argv', ['study', *map(str, words)])
+        try:
+            runpy.run_module('studies.micro_batch', run_name='__main__')
+        except SystemExit as end:
+            assert code and code in str(end.code)
+        else:
+            assert not code
+        return capsys.readouterr().out
+
+    return study

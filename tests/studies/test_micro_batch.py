@@ -128,18 +128,22 @@ def test_shapes(task, shapes, tmp_path, python):
         '--seeds',
         1,
         '--norms',
-        'in',
         'bcn-ws',
+        '--rates',
+        0.01,
         '--data',
         shapes,
     )
+    (record,) = json.loads((tmp_path / 'results.json').read_text())
+    assert record['held_out'] == 2 and 0 < record['held'] <= 100
+    assert [step for step, _ in record['curve']] == [3]
     assert dict(det='Mask R-CNN', seg='FCN')[task] in out
     assert all(0 < error <= 100 for error in results(tmp_path).values())
     assert not list(tmp_path.rglob('*.pth'))
     with (tmp_path / 'results.csv').open() as file:
         near = {r['norm']: r['near_percent'] for r in csv.DictReader(file)}
     # the network's 3 steps and 50 a window: the hook has nothing yet
-    assert near == {'in': '', 'bcn-ws': ''}
+    assert near == {'bcn-ws': ''}
 
 
 @pytest.mark.parametrize(
@@ -244,14 +248,20 @@ def test_bad_arguments(words, message, tmp_path, refused):
 
 
 @needs_digits
-@pytest.mark.slow
-def test_a_failed_run_is_said_and_tried_again(tmp_path, python):
-    words = '--tasks', 'digits', '--images', 16, '--seeds', 1, '--norms', 'bn'
-    shown = study(python, tmp_path, *words, 'bcn,num_groups=7', code=1)
-    assert 'num_groups=7 does not divide' in shown
-    assert 'error: 1 runs failed' in shown
-    again = study(python, tmp_path, *words, 'bcn,num_groups=7', code=1)
-    assert '1 of 2 runs are done already' in again
+def test_a_failed_run_is_said_and_tried_again(tmp_path, one_by_one, monkeypatch):
+    words = '--tasks', 'digits', '--images', 16, '--seeds', 1, '--epochs', 1
+    words += '--work-dir', tmp_path, '--norms', 'bn', 'bcn,num_groups=7'
+    tried, train = [], TASKS['digits'].train
+    monkeypatch.setattr(
+        TASKS['digits'],
+        'train',
+        lambda run, folder: tried.append(run.norm) or train(run, folder),
+    )
+    for _ in range(2):
+        assert '1 failed' in one_by_one(*words, code='error: 1 runs failed')
+    assert sorted(tried) == ['bcn,num_groups=7', 'bcn,num_groups=7', 'bn']
+    record = json.loads(next((tmp_path / 'runs').glob('*num_groups*')).read_text())
+    assert 'num_groups=7 does not divide' in record['failed']
 
 
 @pytest.mark.slow

@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.registry import DATASETS, init_default_scope
 
-from studies.micro_batch import __main__ as command
-from studies.micro_batch import training
-from studies.micro_batch.records import CLOSE, known, rates_of, summarize
+from studies.micro_batch import plan
+from studies.micro_batch.records import CLOSE, rates_of, summarize
 from studies.micro_batch.tasks import TASKS, Run, digits
 
 pytest_plugins = ['study_data']
@@ -45,7 +44,7 @@ def test_the_choice_does_not_see_validation(members, random):
     first, first_of_others = (
         [r for r in group if r['seed'] == 0] for group in (members, others)
     )
-    assert command.promising(runs, first) == command.promising(runs, first_of_others)
+    assert plan.promising(runs, first) == plan.promising(runs, first_of_others)
 
 
 @given(grids())
@@ -127,9 +126,8 @@ def test_held_out_digits_are_not_trained_on(monkeypatch, tmp_path):
         assert error * count / 100 == pytest.approx(round(error * count / 100))
 
 
-def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, capsys):
-    """Nothing that is known is run again; another seed and --show add nothing else."""
-    pytest.importorskip('sklearn', reason='the digits need scikit-learn')
+def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, one_by_one):
+    """Nothing that is known is run again, and with --show nothing at all."""
     performed = []
 
     def train(run, folder):
@@ -137,31 +135,28 @@ def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, capsys):
         distance = abs(np.log(run.rate / (0.2 if 'gn' in run.norm else 0.8)))
         return dict(error=10 * distance, held=20 * distance)
 
-    def perform(runs, folder, workers, console):
-        """One after the other, in this process."""
-        return [known(run, folder) or training._work(run, folder) for run in runs]
-
+    monkeypatch.setattr(TASKS['digits'], 'prepare', lambda args: None)
     monkeypatch.setattr(TASKS['digits'], 'train', train)
-    monkeypatch.setattr(command, 'perform', perform)
-    words = ['--tasks', 'digits', '--images', '16', '--norms', 'gn', 'bcn']
-    words += ['--rates', '0.0125', '0.025', '0.05', '--work-dir', str(tmp_path)]
 
     def study(*more):
-        monkeypatch.setattr('sys.argv', ['study', *words, *more])
-        command.main()
+        said = one_by_one(
+            *('--tasks', 'digits', '--images', 16, '--norms', 'gn', 'bcn'),
+            *('--rates', 0.0125, 0.025, 0.05, '--work-dir', tmp_path, *more),
+        )
         done, performed[:] = list(performed), []
-        return {(r.norm, r.rate, r.seed) for r in done}
+        return {(r.norm, r.rate, r.seed) for r in done}, said
 
     rates = (0.2, 0.4, 0.8)
     first = {(norm, rate, 0) for norm in ('gn', 'bcn') for rate in rates}
-    assert study('--seeds', '1') == first
+    assert study('--seeds', 1)[0] == first
     best = dict(gn=rates[:2], bcn=rates[1:])
-    assert study('--seeds', '2') == {
-        (norm, rate, 1) for norm in best for rate in best[norm]
-    }
-    assert study('--seeds', '2') == set()
-    capsys.readouterr()
-    assert study('--seeds', '3', '--show') == set()
-    assert '(2), at 0.2 of 3 rates' in capsys.readouterr().out.replace('\n', ' ')
-    rows = {r['norm']: r for r in json.loads((tmp_path / 'results.json').read_text())}
-    assert all(r['held_out'] == 166 and r['pictures'] == 834 for r in rows.values())
+    further = {(norm, rate, 1) for norm in best for rate in best[norm]}
+    assert study('--seeds', 2)[0] == further
+    assert study('--seeds', 2)[0] == set()
+    done, said = study('--seeds', 3, '--show')
+    assert done == set() and 'at 0.2 of 3 rates' in said and 'at 0.8 of 3' in said
+    records = json.loads((tmp_path / 'results.json').read_text())
+    assert len(records) == len(first | further)
+    assert all((r['pictures'], r['held_out']) == (834, 166) for r in records)
+    table = (tmp_path / 'results.md').read_text()
+    assert '| GN | 0.0 ± 0.0 | 2 | 0.2 |' in table

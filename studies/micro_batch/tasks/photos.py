@@ -12,6 +12,7 @@ from bcn_mm.errors import InputError
 from .shapes import Detection
 from .task import Extent, Run
 
+SCALE = (400, 320)
 _ANNOTATIONS = Path('annotations', 'instances_train2017.json')
 
 
@@ -56,9 +57,9 @@ class Photos(Detection):
             for step in loader.dataset.pipeline:
                 if step.type == 'Resize':
                     step.clear()
-                    step.update(type='Resize', scale=(400, 320), keep_ratio=True)
+                    step.update(type='Resize', scale=SCALE, keep_ratio=True)
         cfg.train_dataloader.dataset.pipeline.insert(
-            2, dict(type='Resize', scale=(400, 320), keep_ratio=True)
+            2, dict(type='Resize', scale=SCALE, keep_ratio=True)
         )
         for head in (cfg.model.roi_head.bbox_head, cfg.model.roi_head.mask_head):
             head.num_classes = 80

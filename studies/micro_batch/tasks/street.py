@@ -20,6 +20,8 @@ from .trained import Trained
 
 # Of pictures and of what is trained on: width, height.
 SCALE, CROP = (480, 360), (384, 288)
+# One in so many pictures is drawn with what is predicted.
+DRAWN = 10
 _LABELS = '_gtFine_labelTrainIds.png'
 
 
@@ -86,7 +88,7 @@ class Street(Trained):
                 ),
             )
         cfg.default_hooks.visualization = dict(
-            type='SegVisualizationHook', draw=True, interval=10
+            type='SegVisualizationHook', draw=True, interval=DRAWN
         )
         cfg.param_scheduler[0].end = run.steps
         self.network(cfg, run)
