@@ -8,6 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from conftest import run
 
 # Of Cityscapes: road, building, sky, car.
 CLASSES = (0, 2, 10, 13)
@@ -65,6 +66,35 @@ def _others(names):
     from mmdet.datasets import CocoDataset
 
     return [n for n in CocoDataset.METAINFO['classes'] if n not in names]
+
+
+@pytest.fixture
+def data(shapes, street, photos, monkeypatch):
+    """Where the tasks find their pictures, which are made smaller still."""
+    from studies.micro_batch.tasks import photos as photos_module
+    from studies.micro_batch.tasks import street as street_module
+
+    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
+    monkeypatch.setenv('STREET_ROOT', str(street))
+    monkeypatch.setenv('PHOTOS_ROOT', str(photos))
+    monkeypatch.setattr(street_module, 'SCALE', (96, 72))
+    monkeypatch.setattr(street_module, 'CROP', (64, 48))
+    monkeypatch.setattr(street_module, 'DRAWN', 2)
+    monkeypatch.setattr(photos_module, 'SCALE', (96, 96))
+
+
+@pytest.fixture
+def forked(monkeypatch):
+    """Trainings in forks of a process that has the packages already."""
+    from studies.micro_batch import children
+
+    def start(config, folder, log):
+        done = run(sys.executable, 'studies/micro_batch/child.py', config, folder)
+        log.write(done.stdout)
+        log.flush()
+        return done.returncode
+
+    monkeypatch.setattr(children, '_run', start)
 
 
 @pytest.fixture

@@ -32,39 +32,18 @@ needs_digits = pytest.mark.skipif(
 )
 
 
-def study(python, folder, *words, code=0):
-    return python(
-        *STUDY,
-        '--epochs',
-        1,
-        '--workers',
-        1,
-        '--work-dir',
-        folder,
-        *words,
-        code=code,
-        COLUMNS='200',
-    )
-
-
 def results(folder):
     records = json.loads((folder / 'results.json').read_text())
     return {(r['task'], r['norm'], r['images'], r['seed']): r['error'] for r in records}
 
 
-@pytest.fixture
-def data(shapes, street, photos, monkeypatch):
-    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
-    monkeypatch.setenv('STREET_ROOT', str(street))
-    monkeypatch.setenv('PHOTOS_ROOT', str(photos))
-
-
 @needs_digits
 @pytest.mark.slow
-def test_goes_on_and_grows(tmp_path, python):
-    words = '--tasks', 'digits', '--images', '8', '16', '--norms'
+def test_goes_on_and_grows(tmp_path, python, one_by_one):
+    words = '--tasks', 'digits', '--epochs', 1, '--seeds', 2, '--images', 8, 16
+    words += '--work-dir', tmp_path, '--norms', 'bn'
     variant = 'bcn-ws,momentum=0.1,start=average'
-    study(python, tmp_path, *words, 'bn', '--seeds', 2)
+    python(*STUDY, *words, '--workers', 1)
     first = results(tmp_path)
     assert set(first) == {('digits', 'bn', n, seed) for n in (8, 16) for seed in (0, 1)}
     assert all(0 < error < 100 for error in first.values())
@@ -74,8 +53,10 @@ def test_goes_on_and_grows(tmp_path, python):
     path = tmp_path / 'runs' / 'digits_bn_16_r0.1_s0.json'
     other = dict(json.loads(path.read_text()), epochs=7, error=99.0)
     path.write_text(json.dumps(other))
-    shown = study(python, tmp_path, *words, 'bn', variant, '--seeds', 2)
-    assert '2 of 8 runs are done already' in shown
+    kept = [f for f in (tmp_path / 'runs').iterdir() if 's1' in f.name]
+    times = [f.stat().st_mtime_ns for f in kept]
+    shown = one_by_one(*words, variant)
+    assert [f.stat().st_mtime_ns for f in kept] == times and len(kept) == 2
     second = results(tmp_path)
     assert {k: second[k] for k in first} == first and len(second) == 8
     assert 'BCN + WS, momentum 0.1, start average' in shown
@@ -117,22 +98,11 @@ def test_momentum_follows_the_learning_rate(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['det', 'seg'])
-def test_shapes(task, shapes, tmp_path, python):
-    out = study(
-        python,
-        tmp_path,
-        '--tasks',
-        task,
-        '--images',
-        4,
-        '--seeds',
-        1,
-        '--norms',
-        'bcn-ws',
-        '--rates',
-        0.01,
-        '--data',
-        shapes,
+def test_shapes(task, shapes, tmp_path, forked, one_by_one):
+    out = one_by_one(
+        *('--tasks', task, '--images', 4, '--seeds', 1, '--norms', 'bcn-ws'),
+        *('--rates', 0.01, '--epochs', 1, '--data', shapes),
+        *('--work-dir', tmp_path),
     )
     (record,) = json.loads((tmp_path / 'results.json').read_text())
     assert record['held_out'] == 2 and 0 < record['held'] <= 100

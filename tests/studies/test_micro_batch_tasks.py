@@ -1,42 +1,19 @@
 """What the micro-batch study trains on, a few pictures and steps of each."""
 
 import math
-import sys
 
 import pytest
 import torch
-from conftest import run as run_program
 from torch import nn
 
 from bcn_mm import BCN
-from studies.micro_batch import children
 from studies.micro_batch.tasks import TASKS, Run
-from studies.micro_batch.tasks import photos as photos_module
-from studies.micro_batch.tasks import street as street_module
 
 pytest_plugins = ['study_data']
 
 
 @pytest.fixture
-def train(shapes, street, photos, monkeypatch, tmp_path):
-    """Train in a fork of a process that has the packages already."""
-
-    def run(config, folder, log):
-        done = run_program(
-            sys.executable, 'studies/micro_batch/child.py', config, folder
-        )
-        log.write(done.stdout)
-        log.flush()
-        return done.returncode
-
-    monkeypatch.setenv('SHAPES_ROOT', str(shapes))
-    monkeypatch.setenv('STREET_ROOT', str(street))
-    monkeypatch.setenv('PHOTOS_ROOT', str(photos))
-    monkeypatch.setattr(street_module, 'SCALE', (96, 72))
-    monkeypatch.setattr(street_module, 'CROP', (64, 48))
-    monkeypatch.setattr(street_module, 'DRAWN', 2)
-    monkeypatch.setattr(photos_module, 'SCALE', (96, 96))
-    monkeypatch.setattr(children, '_run', run)
+def train(data, forked, tmp_path):
     return lambda run: TASKS[run.task].train(run, tmp_path)
 
 
