@@ -15,6 +15,7 @@ from mmengine.fileio import LocalBackend, get_file_backend, register_backend
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import MODEL_WRAPPERS, MODELS
 from mmengine.runner import save_checkpoint
+from support.ranks import START
 from torch import nn
 
 from bcn_mm import BCN
@@ -179,7 +180,9 @@ def test_ranks_without_a_gpu_keep_theirs(tmp_path):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    torch.multiprocessing.spawn(launch, (port, str(tmp_path)), nprocs=2)
+    torch.multiprocessing.start_processes(
+        launch, (port, str(tmp_path)), nprocs=2, start_method=START
+    )
     (first, one), (second, two) = (
         torch.load(tmp_path / f'{rank}.pt') for rank in range(2)
     )
@@ -204,17 +207,18 @@ def save_for_ever(path):
 
 def test_killed_while_it_writes_a_checkpoint(atomic, tmp_path):
     """Twenty times, in the middle of things; what is there is whole."""
-    path = str(tmp_path / 'epoch_1.pth')
+    path, draft = str(tmp_path / 'epoch_1.pth'), tmp_path / 'epoch_1.pth.part'
     chance, drafts = random.Random(0), 0
     for _ in range(20):
         process = multiprocessing.get_context('fork').Process(
             target=save_for_ever, args=(path,)
         )
         process.start()
-        time.sleep(0.15 + 0.2 * chance.random())
+        while not draft.exists():  # it begins to write
+            time.sleep(0.001)
+        time.sleep(0.2 * chance.random())
         process.kill()
         process.join()
-        draft = tmp_path / 'epoch_1.pth.part'
         drafts += draft.exists()
         draft.unlink(missing_ok=True)
         if os.path.exists(path):

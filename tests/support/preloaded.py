@@ -23,6 +23,7 @@ LIBRARIES = [
         for package in ('mmdet', 'mmseg')
         for part in ('apis', 'models', 'datasets', 'evaluation', 'visualization')
     ),
+    'support.metafiles',
 ]
 #: Variables that it is too late to set for a fork
 READ_AT_START = ('PYTHON', 'OMP_', 'ATEN_')

@@ -7,8 +7,12 @@ import tempfile
 
 import torch
 import torch.distributed as dist
+from support import preloaded  # noqa: F401  which says what those are
 
 from bcn_mm.weights.unpickling import load_weights
+
+# from a process that has the libraries, and that no GPU goes on with
+START = 'spawn' if torch.cuda.is_available() else 'forkserver'
 
 
 def _start(rank, function, world, folder, args):
@@ -34,8 +38,11 @@ def on_ranks(world: int, function, *args) -> list:
     tensors and plain Python values.
     """
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            _start, (function, world, folder, args), nprocs=world
+        torch.multiprocessing.start_processes(
+            _start,
+            (function, world, folder, args),
+            nprocs=world,
+            start_method=START,
         )
         return [
             load_weights(os.path.join(folder, f'{rank}.pt')) for rank in range(world)
