@@ -6,9 +6,14 @@ import re
 from pathlib import Path
 
 import torch
+from mmengine.config import config
 from mmengine.dataset import DefaultSampler
 from mmengine.hooks import Hook
 from mmengine.registry import DATA_SAMPLERS, HOOKS
+
+if 'RANK' in os.environ:
+    # what a config looks like in files and logs takes longer than a step
+    config.FormatCode = lambda text, **_: (text, True)
 
 
 @HOOKS.register_module()

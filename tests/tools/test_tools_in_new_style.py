@@ -30,7 +30,7 @@ TWO_STEPS = {
     'det': """
 train_cfg.update(max_epochs=1, val_interval=1)
 train_dataloader['dataset'].update(indices=2)
-model['test_cfg']['rcnn'].update(score_thr=0)
+model['test_cfg']['rcnn'].update(score_thr=0, max_per_img=10)
 """,
     'seg': """
 train_cfg.update(max_iters=2, val_interval=2)
@@ -118,6 +118,30 @@ def test_pictures_are_drawn(trained, shapes, tmp_path, python):
     _, config, checkpoint = trained
     words = ['tools/demo/image_demo.py', shapes / 'val', config, checkpoint]
     assert 'Wrote 6 pictures' in python(*words, '--out-dir', tmp_path / 'out')
+
+
+INFER = """
+import sys
+from mmdet.apis import DetInferencer
+assert 'bcn_mm' not in sys.modules
+config, checkpoint, picture = sys.argv[1:]
+detect = DetInferencer(config, checkpoint, device='cpu', show_progress=False)
+(found,) = detect(picture)['predictions']
+print(len(found['scores']), 'objects by', sum(
+    type(m).__module__.startswith('bcn_mm') for m in detect.model.modules()))
+"""
+
+
+@pytest.mark.parametrize('trained', ['det'], indirect=True)
+def test_mmdets_own_inference(trained, shapes, tmp_path, python):
+    """Of the config and weights, by a program that knows nothing of bcn_mm."""
+    _, config, checkpoint = trained
+    (tmp_path / 'infer.py').write_text(INFER)
+    weights, picture = tmp_path / 'weights.pth', next((shapes / 'val').iterdir())
+    torch.save(torch.load(checkpoint)['state_dict'], weights)
+    shown = python(tmp_path / 'infer.py', config, weights, picture)
+    objects, layers = re.search(r'^(\d+) objects by (\d+)$', shown, re.M).groups()
+    assert int(objects) == 10 and int(layers) > 40
 
 
 def test_it_is_exported(trained, tmp_path, python):

@@ -23,6 +23,7 @@ SHORT = {
         'train_cfg.max_epochs=2',
         'train_cfg.val_interval=2',
         'model.test_cfg.rcnn.score_thr=0',  # an untrained model finds things
+        'model.test_cfg.rcnn.max_per_img=10',  # which take long to draw
     ],
     'seg': [
         'train_cfg.max_iters=24',
@@ -180,7 +181,6 @@ def test_resume_starts_bit_for_bit(trained, shapes, tmp_path, python):
         *SHORT[task],
         *QUIET,
         SHAPES_ROOT=str(shapes),
-        PYTHONPATH=str(ROOT / 'tests'),
     )
     check_dump(tmp_path, half, 12)
     steps = [r['step'] for r in scalars(tmp_path) if 'loss' in r]
