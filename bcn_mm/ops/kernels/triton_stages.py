@@ -47,9 +47,19 @@ def _z(stats, R, row, ok, c, c_ok, C, batch_weight, batch_bias):
 
 @triton.jit
 def _group(
-    stats, R, n0, n1, c0, C, D, eps, batch_weight, batch_bias,
-    BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
+    stats,
+    R,
+    n0,
+    n1,
+    c0,
+    C,
+    D,
+    eps,
+    batch_weight,
+    batch_bias,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+):
     """Mean of z and 1 / std of a group, of BN samples."""
     total = tl.zeros((BN,), tl.float32)
     for d0 in range(0, D, BD):

@@ -244,9 +244,9 @@ def test_left_out(tmp_path):
 def test_models_train_alike(monkeypatch):
     """A network in both layouts, by the compiled kernels and by ordinary ones."""
     net = nn.Sequential(
-        nn.Conv2d(3, 16, 3, bias=False), BCN(16), nn.ReLU(True),
-        nn.Conv2d(16, 32, 3, bias=False), BCN(32, estimate=False), nn.ReLU(True),
-    )  # fmt: skip
+        *(nn.Conv2d(3, 16, 3, bias=False), BCN(16), nn.ReLU(True)),
+        *(nn.Conv2d(16, 32, 3, bias=False), BCN(32, estimate=False), nn.ReLU(True)),
+    )
     for layout in LAYOUTS:
         results = []
         for choice in ('cpp', 'eager'):

@@ -56,8 +56,10 @@ def test_the_contract(interpreted):
     """...but for portions, which it has not, and what bfloat16 is rounded to.
 
     The interpreter cuts off there, so that equal planes are at_mean's neighbour.
+    A kernel knows a half precision by the type of its pointers alone, and a layout
+    by its indices, so that one of the two halves is tried in one layout.
     """
-    left_out = 'not portions and not (planes and bfloat16)'
+    left_out = 'not portions and not (bfloat16 and (planes or channels_last))'
     assert interpreted('test_contract.py', '-k', f'triton and {left_out}') > 300
 
 
