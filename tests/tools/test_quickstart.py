@@ -56,6 +56,20 @@ def test_shapes_do_not_overwrite(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ['mine']
 
 
+SHORT = {
+    'det': [
+        'model.test_cfg.rcnn.score_thr=0',  # an untrained model finds things
+        'model.test_cfg.rcnn.max_per_img=10',  # which take long to draw
+        'train_dataloader.dataset.indices=4',
+    ],
+    'seg': [
+        'train_cfg.max_iters=4',
+        'train_cfg.val_interval=4',
+        'default_hooks.checkpoint.interval=4',
+    ],
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('task', ['det', 'seg'])
 def test_quickstart(task, tmp_path, python):
@@ -74,7 +88,7 @@ def test_quickstart(task, tmp_path, python):
         '--cfg-options',
         'train_dataloader.num_workers=0',
         'train_dataloader.persistent_workers=False',
-        *(['model.test_cfg.rcnn.score_thr=0'] if task == 'det' else []),
+        *SHORT[task],
         COLUMNS='200',
     )
     rows = ('BCN + WS', 'GN + WS', 'BN') if compared else ('BCN + WS',)
