@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from ..ops._compat import ALWAYS_CALL, module_call
-from ..ops.rematerialization import ACTIVATIONS, Region
+from ..ops.rematerialization import ACTIVATIONS, ADDITIONS, Region, storage_of
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 # How many passes are looked at for activations that are no modules.
@@ -32,8 +32,11 @@ def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
     kept, but computed again, to the same bits. That is so for outputs of
     :class:`~bcn_mm.BCN`, with or without an activation (ReLU, ReLU6, LeakyReLU,
     SiLU, GELU, Hardswish; a module or a function, in place or not), for views of
-    them, and for the weights of :class:`~bcn_mm.WSConv2d` in their own precision.
-    Everything else is kept as ever, and so is what something else writes into.
+    them, for their sums with what is kept anyway and activations of these (of the
+    residual blocks of a stage two in three, so that no more than two sums are
+    computed for one), and for the weights of :class:`~bcn_mm.WSConv2d` in their own
+    precision. Everything else is kept as ever, and so is what something else writes
+    into.
 
     What ``torch.utils.checkpoint`` repeats keeps nothing, and goes on doing so. A
     model that ``torch.compile`` has compiled is left alone, with a warning.
@@ -70,6 +73,7 @@ class RecomputedActivations:
 
     def __init__(self, model: nn.Module) -> None:
         self.is_active = not any(map(is_compiled, model.modules()))
+        self._model = model
         self._region = Region()
         self._handles: List[RemovableHandle] = []
         self._owners: Dict[nn.Module, None] = {}
@@ -107,11 +111,13 @@ class RecomputedActivations:
             on (bool): Whether to, from now on. Default: True.
 
         Returns:
-            tuple[int, int]: bytes that recipes stood for and bytes that were
-            kept, parameters included, since the last call.
+            tuple[int, int]: bytes that recipes stood for, and bytes of all other
+            tensors but parameters that were saved, since the last call.
         """
         region = self._region
-        result = region.spared, sum(region.kept.values())
+        own = {storage_of(p) for p in self._model.parameters()}
+        kept = sum(n for storage, n in region.kept.items() if storage not in own)
+        result = region.spared, kept
         region.counts, region.spared, region.kept = on, 0, {}
         return result
 
@@ -179,16 +185,29 @@ class _Activations(TorchFunctionMode):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+
+        def compute() -> Any:
+            return func(*args, **kwargs)
+
         arguments_of = ACTIVATIONS.get(func)
         # a tensor that is named is left alone
-        if arguments_of is None or not args or self.region.find(args[0]) is None:
-            return func(*args, **kwargs)
+        if arguments_of is not None and args:
+            if self.region.find(args[0]) is None:
+                return compute()
+            self._tell_owner()
+            activation = arguments_of(*args[1:], **kwargs)
+            return self.region.activate(args[0], activation, compute)
+        if func in ADDITIONS and len(args) == 2 and not kwargs:
+            if any(self.region.find(x) is not None for x in args):
+                self._tell_owner()
+                return self.region.add(*args, compute)
+        return compute()
+
+    def _tell_owner(self) -> None:
         if self.found is not None:
             owner = _innermost_module()
             if owner is not None:
                 self.found(owner)
-        activation = arguments_of(*args[1:], **kwargs)
-        return self.region.activate(args[0], activation, lambda: func(*args, **kwargs))
 
 
 class _Around:

@@ -1,8 +1,8 @@
 """What autograd keeps of a layer's result: how to compute it again.
 
 ``y = A x + B``, row by row, follows from what the layer keeps for its own backward
-pass, and so does an activation of ``y``, and a standardized weight from the weight.
-Within a :class:`Region`, autograd is handed a recipe wherever it would keep such a
+pass, and so do an activation of ``y``, its sum with something that is kept anyway, as
+at the end of a residual block, and a standardized weight from the weight. Within a :class:`Region`, autograd is handed a recipe wherever it would keep such a
 tensor, or a view of it, for the backward pass; all else it keeps as ever.
 
 A tensor is known by its storage, as long as it lives, and by its version: whatever
@@ -20,8 +20,9 @@ from typing import (
     NamedTuple,
     Optional,
     Tuple,
+    Union,
 )
-from weakref import ref
+from weakref import WeakValueDictionary, ref
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +36,15 @@ from .stages import Moments
 
 
 class Recipe:
-    """How a tensor is computed again, bit for bit."""
+    """How a tensor is computed again, bit for bit.
 
-    def __init__(self) -> None:
-        #: What of autograd's has not asked yet.
+    Attributes:
+        depth (int): How many sums it takes, one after the other.
+        awaited (int): How much of what autograd was handed has not asked yet.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
         self.awaited = 0
 
     def compute(self) -> Tensor:
@@ -108,7 +114,7 @@ class ActivationRecipe(Recipe):
     """An activation of what another recipe makes."""
 
     def __init__(self, source: Recipe, function: 'Activation') -> None:
-        super().__init__()
+        super().__init__(source.depth)
         self.source = source
         self.function = function
 
@@ -118,7 +124,22 @@ class ActivationRecipe(Recipe):
         return self.function.within(self.source.compute())
 
 
-# -- activations -------------------------------------------------------------
+class SumRecipe(Recipe):
+    """The sum of what a recipe makes and of what another makes, or is kept."""
+
+    def __init__(self, first: Recipe, second: 'Union[Recipe, Kept]') -> None:
+        depths = [part.depth for part in (first, second) if isinstance(part, Recipe)]
+        super().__init__(1 + max(depths))
+        self.first = first
+        self.second = second
+
+    def compute(self) -> Tensor:
+        second = self.second
+        other = second.compute() if isinstance(second, Recipe) else second.tensor()
+        return self.first.compute().add_(other)
+
+
+# -- sums and activations -------------------------------------------------------------
 
 
 class Activation(NamedTuple):
@@ -177,13 +198,35 @@ ACTIVATIONS: Dict[Callable, Callable[..., Activation]] = {
 }
 
 
+#: Of two tensors, without a factor.
+ADDITIONS = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+}
+# How many sums one after the other are computed again: of a chain of residual
+# blocks every third one keeps its result.
+_DEPTH = 2
+
+
 # -- what autograd is handed -------------------------------------------------
 
 
 class Kept:
     """What stands for a tensor that autograd saves: the tensor, or its recipe."""
 
-    __slots__ = ('_tensor', '_version', '_recipe', '_view', '_region', '_served')
+    __slots__ = (
+        '_tensor',
+        '_version',
+        '_recipe',
+        '_view',
+        '_region',
+        '_served',
+        '__weakref__',
+    )
 
     def __init__(self, tensor: Tensor, region: 'Region') -> None:
         self._tensor: Optional[Tensor] = tensor
@@ -209,6 +252,18 @@ class Kept:
         self._recipe, self._tensor = recipe, None
         recipe.awaited += 1
         return t
+
+    def holds(self, tensor: Tensor, version: int) -> bool:
+        """Whether it is this tensor, all of it, at this version, that is held."""
+        t = self._tensor
+        return (
+            t is not None
+            and self._version == version
+            and t.dtype == tensor.dtype
+            and t.size() == tensor.size()
+            and t.stride() == tensor.stride()
+            and t.storage_offset() == tensor.storage_offset()
+        )
 
     @property
     def held(self) -> Optional[Tensor]:
@@ -295,6 +350,8 @@ class Region:
         self.kept: Dict[int, int] = {}
         self.is_open = False
         self._living: Dict[int, _Living] = {}
+        # what is kept without a recipe, by storage
+        self._held: 'WeakValueDictionary[int, Kept]' = WeakValueDictionary()
         self._pending: Optional[_Pending] = None
         self._made: Optional[Tuple[Recipe, Tensor]] = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
@@ -318,6 +375,7 @@ class Region:
         self._hooks.__exit__()
         _stack.region, self.is_open = None, False
         self._living.clear()
+        self._held.clear()
         self._pending = None
         with _lock:
             watching -= 1
@@ -326,7 +384,7 @@ class Region:
 
     def follow(self, tensor: Tensor, recipe: Recipe) -> None:
         """Know how to compute a fresh tensor again, as long as it lives."""
-        key = _storage_of(tensor)
+        key = storage_of(tensor)
         living = self._living
 
         def forget(gone: 'ref[Tensor]') -> None:
@@ -340,7 +398,7 @@ class Region:
         """What is known of a whole tensor; None if that is nothing."""
         if type(tensor) is not Tensor or tensor.is_inference():
             return None
-        living = self._living.get(_storage_of(tensor))
+        living = self._living.get(storage_of(tensor))
         if living is None or living.tensor() is not tensor:
             return None
         return living if living.version == tensor._version else None
@@ -353,7 +411,7 @@ class Region:
         if source is None or self._pending is not None:
             return compute()
         recipe = ActivationRecipe(source.recipe, activation)
-        key = _storage_of(x)
+        key = storage_of(x)
         self._pending = pending = _Pending(source, key, recipe, [])
         try:
             z = compute()
@@ -361,13 +419,13 @@ class Region:
             self._pending = None
         if type(z) is not Tensor or z.shape != x.shape or z.dtype != x.dtype:
             return z
-        of_z = _storage_of(z)
+        of_z = storage_of(z)
         if of_z == key and z._version != source.version + 1:
             return z
         for kept in pending.unknown:
             t = kept.held
             assert t is not None
-            if _storage_of(t) == of_z:
+            if storage_of(t) == of_z:
                 self._spare(kept, recipe, z.stride())
             elif of_z == key and activation.keeps_copy and t.shape == x.shape:
                 # autograd took it of x before that was overwritten
@@ -375,37 +433,83 @@ class Region:
         self.follow(z, recipe)
         return z
 
+    def add(self, a: Tensor, b: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a sum, and follow the result if one of them is followed and
+        the other is kept, or followed too."""
+        first, second = self._part(a), self._part(b)
+        known = first is not None and second is not None
+        if known and not isinstance(first, Recipe):
+            first, second = second, first
+        version = a._version if known else 0
+        z = compute()
+        if (
+            not known
+            or not isinstance(first, Recipe)
+            or type(z) is not Tensor
+            or not z.shape == a.shape == b.shape
+            or not z.dtype == a.dtype == b.dtype
+        ):
+            return z
+        assert second is not None
+        if z is a:
+            overwrites = self._part(a, version) is first
+            if not overwrites or z._version != version + 1:
+                return z
+        recipe = SumRecipe(first, second)
+        if recipe.depth <= _DEPTH:
+            self.follow(z, recipe)
+        return z
+
+    def _part(
+        self, tensor: Any, version: Optional[int] = None
+    ) -> 'Union[Recipe, Kept, None]':
+        """How to have a tensor, at some version, in the backward pass."""
+        if type(tensor) is not Tensor or tensor.is_inference():
+            return None
+        if version is None:
+            version = tensor._version
+        key = storage_of(tensor)
+        living = self._living.get(key)
+        if living is not None and living.tensor() is tensor:
+            if living.version == version:
+                return living.recipe
+        kept = self._held.get(key)
+        return kept if kept is not None and kept.holds(tensor, version) else None
+
     # -- what autograd asks --------------------------------------------------
 
     def pack(self, tensor: Tensor) -> Kept:
         """What autograd keeps of a tensor that it saves."""
         kept = Kept(tensor, self)
-        key = _storage_of(tensor)
+        key = storage_of(tensor)
         living, pending = self._living.get(key), self._pending
         if self.counts:
             self.kept[key] = tensor.untyped_storage().nbytes()
         if living is None:
+            self._held[key] = kept
             if pending is not None:
                 pending.unknown.append(kept)
             return kept
         base = living.tensor()
-        if base is None or not _is_part(tensor, base, key):
-            return kept
-        if tensor._version == living.version:
-            self._spare(kept, living.recipe, base.stride())
-        elif (
-            pending is not None
-            and pending.key == key
-            and tensor._version == living.version + 1
-        ):
-            # what an activation has just written over its argument
-            self._spare(kept, pending.recipe, base.stride())
+        if base is not None and _is_part(tensor, base, key):
+            if tensor._version == living.version:
+                self._spare(kept, living.recipe, base.stride())
+                return kept
+            if (
+                pending is not None
+                and pending.key == key
+                and tensor._version == living.version + 1
+            ):
+                # what an activation has just written over its argument
+                self._spare(kept, pending.recipe, base.stride())
+                return kept
+        self._held[key] = kept
         return kept
 
     def _spare(self, kept: Kept, recipe: Recipe, strides: Tuple[int, ...]) -> None:
         tensor = kept.replace(recipe, strides)
         if self.counts:
-            self.kept.pop(_storage_of(tensor), None)
+            self.kept.pop(storage_of(tensor), None)
             if recipe.awaited == 1:  # the first
                 self.spared += tensor.untyped_storage().nbytes()
 
@@ -447,7 +551,8 @@ def _plainly(recipe: Recipe) -> Tensor:
             context.__exit__(None, None, None)
 
 
-def _storage_of(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells a storage from others as long as it lives."""
     return tensor.untyped_storage()._cdata
 
 
@@ -458,7 +563,7 @@ def _is_part(tensor: Tensor, base: Tensor, key: int) -> bool:
         type(tensor) is Tensor
         and tensor.dtype == base.dtype
         and not tensor.is_neg()
-        and _storage_of(base) == key
+        and storage_of(base) == key
     )
 
 
