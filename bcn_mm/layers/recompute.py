@@ -13,6 +13,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from ..ops import recomputation
 from ..ops._compat import ALWAYS_CALL, module_call
 from ..ops.rematerialization import ACTIVATIONS, ADDITIONS, Region, storage_of
 
@@ -146,6 +147,8 @@ class _Door:
 
     def context(self) -> Optional[ContextManager]:
         if not self.handle.is_active or not torch.is_grad_enabled():
+            return None
+        if recomputation.is_on():  # whose own hooks must be the innermost
             return None
         return self.recomputing()
 

@@ -261,6 +261,8 @@ def _recipe_of(x: Tensor, kernels: Eager) -> Optional[NormRecipe]:
     region = rematerialization.current()
     if region is None or is_empty(x):
         return None
+    if recomputation.is_on():  # nothing of this pass is kept
+        return None
     return NormRecipe(kernels, x, region.pack)
 
 

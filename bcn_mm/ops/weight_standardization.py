@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import rematerialization
+from . import recomputation, rematerialization
 from ._compat import is_compiling, is_transforming
 from .kernels import Eager, kernels_for
 from .portable import exporting
@@ -116,7 +116,7 @@ def _follow(
     result: Tensor, weight: Tensor, eps: float, dialect: str, kernels: Eager
 ) -> None:
     region = rematerialization.current()
-    if region is None or not torch.is_grad_enabled():
+    if region is None or not torch.is_grad_enabled() or recomputation.is_on():
         return
 
     def standardize(weight: Tensor) -> Tensor:
