@@ -385,9 +385,7 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         affine = Affine(batch_weight, batch_bias, weight, bias)
         coef = None if recipe is None else recipe.room_for(x, compute_dtype(x))
-        y, saved = kernels.forward(
-            x, running, rule, affine, spec, batch, repeats, coef
-        )
+        y, saved = kernels.forward(x, running, rule, affine, spec, batch, repeats, coef)
         if recipe is not None:
             recipe.note(x, saved[0])
         # the bias may move before the backward pass, as in all norms

@@ -169,7 +169,9 @@ def _hardtanh(
 
 
 def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
-    return Activation(partial(F.leaky_relu, negative_slope=negative_slope, inplace=True))
+    return Activation(
+        partial(F.leaky_relu, negative_slope=negative_slope, inplace=True)
+    )
 
 
 def _silu(inplace: bool = False) -> Activation:

@@ -33,7 +33,9 @@ X = torch.randn(2, 3, 12, 10)
 class Block(nn.Module):
     """A residual block, as mmdet's are."""
 
-    def __init__(self, act='relu', inplace=True, channels=8, norm=BCN, functional=False):
+    def __init__(
+        self, act='relu', inplace=True, channels=8, norm=BCN, functional=False
+    ):
         super().__init__()
         self.conv1 = WSConv2d(channels, channels, 3, padding=1)
         self.norm1 = norm(channels)
@@ -322,7 +324,11 @@ def test_beside_checkpoints(reentrant):
     class Some(nn.Sequential):
         def forward(self, x):
             for i, part in enumerate(self):
-                x = checkpoint(part, x, use_reentrant=reentrant) if i in (4, 5) else part(x)
+                x = (
+                    checkpoint(part, x, use_reentrant=reentrant)
+                    if i in (4, 5)
+                    else part(x)
+                )
             return x
 
     assert assert_same(Some(*network())) > 0
@@ -349,7 +355,8 @@ def test_norms_of_levels():
         def forward(self, x):
             levels = [x, x[..., ::2, ::2], x[..., ::3, ::3]]
             return sum(
-                self.last(F.relu(self.norm(self.conv(level)))).mean() for level in levels
+                self.last(F.relu(self.norm(self.conv(level)))).mean()
+                for level in levels
             )
 
     assert assert_same(Head(), step=lambda net, x: net(x)) > 0
