@@ -26,8 +26,8 @@ import torch
 from measuring import (
     WARMUP,
     Clock,
-    add_arguments,
     Mark,
+    add_arguments,
     draw_bars,
     draw_points,
     interleave,

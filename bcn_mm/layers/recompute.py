@@ -200,10 +200,10 @@ class _Activations(TorchFunctionMode):
             self._tell_owner()
             activation = arguments_of(*args[1:], **kwargs)
             return self.region.activate(args[0], activation, compute)
-        if func in ADDITIONS and len(args) == 2 and not kwargs:
-            if any(self.region.find(x) is not None for x in args):
-                self._tell_owner()
-                return self.region.add(*args, compute)
+        adds = func in ADDITIONS and len(args) == 2 and not kwargs
+        if adds and any(self.region.find(x) is not None for x in args):
+            self._tell_owner()
+            return self.region.add(*args, compute)
         return compute()
 
     def _tell_owner(self) -> None:

@@ -2,8 +2,9 @@
 
 ``y = A x + B``, row by row, follows from what the layer keeps for its own backward
 pass, and so do an activation of ``y``, its sum with something that is kept anyway, as
-at the end of a residual block, and a standardized weight from the weight. Within a :class:`Region`, autograd is handed a recipe wherever it would keep such a
-tensor, or a view of it, for the backward pass; all else it keeps as ever.
+at the end of a residual block, and a standardized weight from the weight. Within a
+:class:`Region`, autograd is handed a recipe wherever it would keep such a tensor, or a
+view of it, for the backward pass; all else it keeps as ever.
 
 A tensor is known by its storage, as long as it lives, and by its version: whatever
 something has written into since is another tensor.
@@ -84,7 +85,8 @@ class NormRecipe(Recipe):
     def compute(self, relu: bool = False) -> Tensor:
         assert self.moments is not None
         x = self.x.tensor()
-        return self.kernels.apply(x, self.moments, *self.coef, relu)
+        scale, at_mean = self.coef
+        return self.kernels.apply(x, self.moments, scale, at_mean, relu)
 
 
 class WeightRecipe(Recipe):
@@ -290,7 +292,9 @@ class Kept:
                 )
             return t
         size, stride, offset, strides = self._view
-        base = self._region.made(self._recipe, self._take())
+        recipe = self._recipe
+        assert recipe is not None
+        base = self._region.made(recipe, self._take())
         if base.stride() != strides:
             laid = torch.empty_strided(
                 base.shape, strides, dtype=base.dtype, device=base.device
@@ -353,7 +357,7 @@ class Region:
         self.is_open = False
         self._living: Dict[int, _Living] = {}
         # what is kept without a recipe, by storage
-        self._held: 'WeakValueDictionary[int, Kept]' = WeakValueDictionary()
+        self._held: WeakValueDictionary[int, Kept] = WeakValueDictionary()
         self._pending: Optional[_Pending] = None
         self._made: Optional[Tuple[Recipe, Tensor]] = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
@@ -472,9 +476,8 @@ class Region:
             version = tensor._version
         key = storage_of(tensor)
         living = self._living.get(key)
-        if living is not None and living.tensor() is tensor:
-            if living.version == version:
-                return living.recipe
+        if living and living.tensor() is tensor and living.version == version:
+            return living.recipe
         kept = self._held.get(key)
         return kept if kept is not None and kept.holds(tensor, version) else None
 
