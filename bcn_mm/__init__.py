@@ -13,6 +13,7 @@ from .version import __version__
 __all__ = [
     'BCN',
     'EliminationSingularityHook',
+    'RecomputeActivationsHook',
     'SyncBCN',
     'SyncEstimatesHook',
     'WSConv1d',
@@ -25,6 +26,7 @@ __all__ = [
     'get_config',
     'get_model',
     'list_models',
+    'recompute_activations',
     'replace_norms',
     'revert_sync_bcn',
     'to_bcn',
@@ -61,7 +63,11 @@ if _is_missing('mmengine'):
 
 else:
     from . import _compat
-    from .hooks import EliminationSingularityHook, SyncEstimatesHook
+    from .hooks import (
+        EliminationSingularityHook,
+        RecomputeActivationsHook,
+        SyncEstimatesHook,
+    )
     from .layers import (
         BCN,
         SyncBCN,
@@ -71,6 +77,7 @@ else:
         WSConv3d,
         average_estimates,
         convert_sync_bcn,
+        recompute_activations,
         replace_norms,
         revert_sync_bcn,
     )

@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from pathlib import Path
-from typing import Callable, Dict, Sequence
+from typing import Callable, Dict, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from bcn_mm._files import replacing
 
 # Rounds that go before those that count.
 WARMUP = 2
+# The name of a mark in a trace.
+_MARK = 'where the backward pass begins'
 # Bytes of the tensor that is copied: more than a cache holds.
 COPIED = 1 << 28
 
@@ -152,19 +154,47 @@ def copy_bandwidth(device: str, rounds: int, advance: Callable[[], None]) -> flo
     return float(2 * COPIED / seconds)
 
 
+#: What a step calls between its forward and its backward pass.
+Mark = Callable[[], None]
+
+
 def peak_memory(function: Callable[[], None], device: str) -> int:
     """The most bytes of tensors that a call holds beyond those before it."""
+    return memory(lambda mark: function(), device)[1]
+
+
+def memory(function: Callable[[Mark], None], device: str) -> Tuple[int, int]:
+    """What a call holds beyond what there was before it.
+
+    Args:
+        function (callable): Is given a function, to call where ``held`` is wanted.
+        device (str): Where the tensors are.
+
+    Returns:
+        tuple[int, int]: the bytes of tensors at that call, and the most.
+    """
+    held = 0
     if torch.device(device).type == 'cuda':
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+
+        def mark() -> None:
+            nonlocal held
+            held = torch.cuda.memory_allocated() - before
+
+        function(mark)
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return held, torch.cuda.max_memory_allocated() - before
+
+    def note() -> None:
+        with torch.profiler.record_function(_MARK):
+            pass
+
     # the CPU's allocator keeps no peak: add up what the profiler saw it do
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        function()
+        function(note)
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'trace.json')
         profile.export_chrome_trace(path)
@@ -176,7 +206,10 @@ def peak_memory(function: Callable[[], None], device: str) -> int:
         if e.get('name') == '[memory]' and e['args']['Device Type'] == 0
     ]
     changes.sort(key=lambda change: change[0])
-    return max(0, int(np.cumsum([b for _, b in changes] or [0]).max()))
+    marked = [e['ts'] for e in events if e.get('name') == _MARK]
+    if marked:
+        held = sum(b for ts, b in changes if ts < marked[0])
+    return held, max(0, int(np.cumsum([b for _, b in changes] or [0]).max()))
 
 
 def bytes_kept(function: Callable[[], None], module: torch.nn.Module) -> int:
@@ -216,6 +249,35 @@ def draw_bars(
     axis.invert_yaxis()
     axis.set_xscale('log')
     axis.set_xlabel(title)
+    axis.legend(fontsize='small')
+    with replacing(path, f'.part{path.suffix}') as draft:
+        figure.savefig(draft, dpi=120)
+
+
+def draw_points(
+    path: Path, points: Dict[str, Dict[str, Tuple[float, float]]], labels: Sequence[str]
+) -> None:
+    """Points of several kinds, those of one name joined: further left is less
+    memory, further down less time.
+
+    Args:
+        path (Path): The picture.
+        points (dict): By name, and by what is done to it: x and y.
+        labels (sequence): Of the two axes.
+    """
+    figure = Figure(figsize=(7, 4.5), layout='constrained')
+    axis = figure.subplots()
+    for name, ways in points.items():
+        xs, ys = zip(*ways.values())
+        axis.plot(xs, ys, '.--', linewidth=0.8, markersize=10, label=name)
+        for way, (x, y) in ways.items():
+            offset = dict(xytext=(5, 5), textcoords='offset points')
+            axis.annotate(way, (x, y), fontsize='small', **offset)
+    axis.set_xlim(left=0)
+    axis.margins(x=0.15, y=0.15)
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.grid(alpha=0.3)
     axis.legend(fontsize='small')
     with replacing(path, f'.part{path.suffix}') as draft:
         figure.savefig(draft, dpi=120)

@@ -7,6 +7,10 @@ Nothing is read but the config. The learning rate is 0 and the pictures are
 full of objects, so that every step and every model samples the same number of
 regions and the work stays the same from step to step.
 
+Besides the time it says what a step keeps from its forward pass for its backward
+pass, and the most that it holds; with --ways, for ways of training in less memory
+too, and with --fit, how many pictures fit on a GPU by that measure.
+
 With --hook it also times steps that EliminationSingularityHook measures.
 """
 
@@ -15,17 +19,19 @@ import copy
 import gc
 import tempfile
 from types import SimpleNamespace
-from typing import Optional
+from typing import Dict, Optional, Tuple
 
 import numpy as np
 import torch
 from measuring import (
     WARMUP,
     Clock,
+    Mark,
     add_arguments,
     draw_bars,
+    draw_points,
     interleave,
-    peak_memory,
+    memory,
     prepare,
 )
 from mmengine.config import Config
@@ -38,7 +44,7 @@ from rich.table import Table
 from swapping import swap
 from torch import nn
 
-from bcn_mm import EliminationSingularityHook
+from bcn_mm import EliminationSingularityHook, recompute_activations
 from bcn_mm._files import write_json
 from bcn_mm.engine.batches import SCOPES, random_batch
 from bcn_mm.engine.cli import Options, load_config, one_line_errors
@@ -58,6 +64,18 @@ BASE = 'GN + ConvWS'
 WATCHED = 'BCN + WSConv2d'
 # More than a two-stage detector's sampler takes, so that it is always full.
 OBJECTS = 256
+
+
+#: How a model is trained: whether activations are recomputed, and whether the
+#: backbone's blocks are activation checkpoints.
+WAYS = {
+    'plain': (False, False),
+    'recompute': (True, False),
+    'with_cp': (False, True),
+    'both': (True, True),
+}
+# GPUs' memory, in GB of 10^9 bytes
+GPUS = (8, 11, 16, 24)
 
 
 class NormTimer:
@@ -102,9 +120,15 @@ class NormTimer:
 class Trainee:
     """One model, ready to make steps."""
 
-    def __init__(self, cfg: Config, name: str, batch: dict, args) -> None:
+    def __init__(
+        self, cfg: Config, name: str, batch: dict, args, way: str = 'plain'
+    ) -> None:
         torch.manual_seed(0)
         norm, conv = VARIANTS[name]
+        recomputes, with_cp = WAYS[way]
+        if with_cp:
+            cfg = copy.deepcopy(cfg)
+            cfg.model.backbone.with_cp = True
         norm_cfg = dict(type=norm)
         if norm == 'GN':
             norm_cfg.update(num_groups=args.num_groups or 32)
@@ -118,6 +142,8 @@ class Trainee:
         if args.amp:
             wrapper.update(type='AmpOptimWrapper', loss_scale='dynamic')
         self.optim_wrapper = build_optim_wrapper(self.model, wrapper)
+        if recomputes:
+            recompute_activations(self.model)
         self.batch = batch
         self.clock = Clock(args.device)
         self.norms = NormTimer(self.model, self.clock)
@@ -132,6 +158,28 @@ class Trainee:
         batch = batch or self.fresh_batch()
         losses = self.model.train_step(batch, self.optim_wrapper)
         self.loss = losses['loss']
+
+    def marked_step(self, mark: Mark, batch: Optional[dict] = None) -> None:
+        """A step that calls ``mark`` when its backward pass begins."""
+        backward = self.optim_wrapper.backward
+
+        def marked(loss: torch.Tensor, **kwargs) -> None:
+            mark()
+            backward(loss, **kwargs)
+
+        self.optim_wrapper.backward = marked
+        try:
+            self.train_step(batch)
+        finally:
+            del self.optim_wrapper.backward
+
+    def static_memory(self) -> int:
+        """Bytes of parameters, buffers, gradients and the optimizer's state."""
+        state = self.optim_wrapper.optimizer.state_dict()['state'].values()
+        held = [*self.model.parameters(), *self.model.buffers()]
+        held += [p.grad for p in self.model.parameters() if p.grad is not None]
+        held += [t for s in state for t in s.values() if torch.is_tensor(t)]
+        return sum(t.numel() * t.element_size() for t in held)
 
     def timed_step(self) -> tuple:
         gc.collect()  # the timer switches off the automatic collection
@@ -177,20 +225,66 @@ class Watched:
 def show(result: dict, title: str) -> None:
     table = Table(title=title)
     table.add_column('model', no_wrap=True)
-    for heading in ('s/step', 'ratio', 'in norms', 'share', 'peak', 'ratio'):
+    headings = ('s/step', 'ratio', 'in norms', 'share')
+    for heading in (*headings, 'kept', 'ratio', 'peak', 'ratio'):
         table.add_column(heading, justify='right')
     base = result[BASE]
     for name, row in result.items():
-        table.add_row(
+        cells = [
             name,
             f'{row["step"]:.3f}',
             f'{row["step"] / base["step"]:.3f}',
             f'{row["norms"]:.3f} s',
             f'{row["norms"] / row["step"]:.1%}',
-            f'{row["peak"] / 2**20:.0f} MiB',
-            f'{row["peak"] / base["peak"]:.3f}',
-        )
+        ]
+        for key in ('kept', 'peak'):
+            cells += [f'{row[key] / 2**20:,.0f} MiB', f'{row[key] / base[key]:.3f}']
+        table.add_row(*cells)
     Console().print(table)
+    if 'fit' in base:
+        table = Table(title='pictures of this size that fit, by this measure')
+        table.add_column('model', no_wrap=True)
+        for gpu in GPUS:
+            table.add_column(f'{gpu} GB', justify='right')
+        for name, row in result.items():
+            table.add_row(name, *map(str, row['fit']))
+        Console().print(table)
+
+
+def pictures_that_fit(static: int, one: int, two: int) -> list:
+    """How many pictures fit on each of ``GPUS``.
+
+    Args:
+        static (int): Bytes that there are between two steps.
+        one (int): The most that a step of one picture adds, in bytes, and
+        two (int): one of two.
+    """
+    each = two - one
+    return [max(0, int((gpu * 10**9 - static - (one - each)) // each)) for gpu in GPUS]
+
+
+def label(name: str, way: str) -> str:
+    return name if way == 'plain' else f'{name}, {way}'
+
+
+def peak_of(trainee: Trainee, batch: dict, device: str) -> int:
+    """The most that a step of these pictures adds."""
+
+    def step(mark: Mark) -> None:
+        torch.manual_seed(0)
+        np.random.seed(0)
+        trainee.train_step(copy.deepcopy(batch))
+
+    return memory(step, device)[1]
+
+
+def points_of(result: dict, wanted: Dict[str, Tuple[str, str]]) -> dict:
+    """Peak and time, by variant and way."""
+    points: Dict[str, Dict[str, Tuple[float, float]]] = {}
+    for name, (variant, way) in wanted.items():
+        row = result[name]
+        points.setdefault(variant, {})[way] = row['peak'] / 2**20, row['step']
+    return points
 
 
 def cost_of_hook(measured: float, plain: float) -> dict:
@@ -248,6 +342,21 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
         'it takes by itself)',
     )
     parser.add_argument(
+        '--ways',
+        nargs='+',
+        choices=WAYS,
+        default=['plain'],
+        metavar='WAY',
+        help='of training: plain, recompute (RecomputeActivationsHook, for BCN), '
+        "with_cp (the backbone's activation checkpoints), both (plain)",
+    )
+    parser.add_argument(
+        '--fit',
+        action='store_true',
+        help=f'how many pictures fit in {", ".join(map(str, GPUS))} GB, from the '
+        'peaks of a step of one and of two pictures',
+    )
+    parser.add_argument(
         '--amp', action='store_true', help='in mixed precision, on a GPU'
     )
     parser.add_argument(
@@ -266,6 +375,7 @@ peak is what a step holds beyond the weights and the optimizer's state.""",
     args = parser.parse_args()
     variants = {BASE, *args.variants, *([WATCHED] if args.hook else [])}
     args.variants = [n for n in VARIANTS if n in variants]
+    args.ways = [w for w in WAYS if w in {'plain', *args.ways}]
     args.shape = tuple(args.shape)
     # what load_config asks for beside these
     args.work_dir, args.launcher, args.local_rank = None, 'none', 0
@@ -293,16 +403,23 @@ def main() -> None:
         preprocessor = cfg.model.get('data_preprocessor', {})
         if preprocessor.get('size'):
             preprocessor.size = args.shape
-        batch = random_batch(
-            cfg, args.batch_size, args.shape, args.objects, args.device
+        batch, one, two = (
+            random_batch(cfg, n, args.shape, args.objects, args.device)
+            for n in (args.batch_size, 1, 2)
         )
+        wanted = {
+            label(name, way): (name, way)
+            for name in args.variants
+            for way in args.ways
+            if VARIANTS[name][0] == 'BCN' or not WAYS[way][0]
+        }
         with progress_bar() as bar:
             steps = WARMUP + args.rounds
-            task = bar.add_task('building', total=steps + 2 * len(args.variants))
-            trainees = {}
-            for name in args.variants:
+            task = bar.add_task('building', total=steps + 2 * len(wanted))
+            trainees: Dict[str, Trainee] = {}
+            for name, (variant, way) in wanted.items():
                 try:
-                    trainees[name] = Trainee(cfg, name, batch, args)
+                    trainees[name] = Trainee(cfg, variant, batch, args, way)
                     trainees[name].train_step()
                 except ValueError as e:
                     raise InputError(
@@ -314,11 +431,16 @@ def main() -> None:
             result = {}
             for name, trainee in trainees.items():
                 bar.update(task, description=f'memory of {name}')
+                loss = trainee.loss.item()
+                kept, peak = memory(trainee.marked_step, args.device)
                 result[name] = dict(
-                    loss=trainee.loss.item(),
-                    layers=len(trainee.norms.layers),
-                    peak=peak_memory(trainee.train_step, args.device),
+                    loss=loss, layers=len(trainee.norms.layers), kept=kept, peak=peak
                 )
+                if args.fit:
+                    result[name]['fit'] = pictures_that_fit(
+                        trainee.static_memory(),
+                        *(peak_of(trainee, b, args.device) for b in (one, two)),
+                    )
                 trainee.norms.take()
                 bar.advance(task)
             bar.update(task, description='rounds')
@@ -360,7 +482,18 @@ def main() -> None:
                 ),
             )
         if args.plot:
-            measures = dict(step='time of a step', norms='time in norms', peak='peak')
+            measures = dict(step='time of a step', norms='time in norms')
+            measures.update(kept='kept for the backward pass', peak='peak')
+            if len(args.ways) > 1:
+                draw_points(
+                    args.plot,
+                    points_of(result, wanted),
+                    (
+                        f'peak memory of {title}, MiB',
+                        'seconds a step',
+                    ),
+                )
+                return
             draw_bars(
                 args.plot,
                 list(measures.values()),

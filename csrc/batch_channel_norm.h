@@ -68,6 +68,7 @@ template <class T> struct Forward {
   Buffer running_mean, running_var;
   double* batch;  // (2, C), what the batch stage normalized with; may be null
   bool repeats;   // whether that is given, and nothing moves
+  A* coef;        // (2, N, C), scale and at_mean of every row; may be null
 
   // What `count` channels from c on are normalized with, into saved.inv_std and
   // `centre`; moves their estimates
@@ -133,11 +134,10 @@ template <class T> struct Forward {
     if (s.by_group(threads)) {
       const int64_t rows = s.samples * depth, work = 2 * rows + 4 * depth;
       const Room<double> scratch(threads * work);
-      const Room<A> coefs(threads * 2 * depth);
+      const Room<A> coefs(coef ? 0 : threads * 2 * depth);
       share(s.groups, threads, [&](int64_t group, int64_t worker) {
         double *mean = scratch.at(worker * work), *var = mean + rows;
         double *centre = var + rows, *room = centre + depth;
-        A *scale = coefs.at(worker * 2 * depth), *at_mean = scale + depth;
         const int64_t first = group * depth;
         for (int64_t n = 0; n < s.samples; ++n)
           pass.moments(
@@ -147,6 +147,8 @@ template <class T> struct Forward {
         const Stage g = stage_of<A>(affine, group, depth, rule.eps, saved.inv_std, room);
         for (int64_t n = 0; n < s.samples; ++n) {
           const int64_t row = n * channels + first;
+          A* scale = coef ? coef + row : coefs.at(worker * 2 * depth);
+          A* at_mean = scale + (coef ? s.rows() : depth);
           keep(row, depth, mean + n * depth, var + n * depth, centre);
           algebra_of.stages(
               &g, 1, saved.offset + row, saved.var + row, mean + n * depth,
@@ -159,9 +161,9 @@ template <class T> struct Forward {
       return;
     }
     const Room<double> scratch(2 * s.rows() + 3 * channels);
-    const Room<A> coefs(2 * s.rows());
+    const Room<A> coefs(coef ? 0 : 2 * s.rows());
     double *mean = scratch.at(0), *var = mean + s.rows(), *centre = var + s.rows();
-    A *scale = coefs.at(0), *at_mean = scale + s.rows();
+    A *scale = coef ? coef : coefs.at(0), *at_mean = scale + s.rows();
     all_moments<T>(s, x, mean, var);
     share(s.groups, threads_for(s.groups, 8 * s.rows()), [&](int64_t group, int64_t) {
       const int64_t c = group * depth;

@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> forward(
     const MaybeTensor& batch_bias, const MaybeTensor& weight, const MaybeTensor& bias,
     int64_t num_groups, double eps, bool relu, bool training, bool estimate,
     Maybe<double> momentum, std::string start, const MaybeTensor& batch,
-    bool repeats) {
+    bool repeats, const MaybeTensor& coef) {
   const Shape s(x, num_groups);
   TORCH_CHECK(
       running_mean.is_cpu() && running_var.is_cpu() &&
@@ -81,7 +81,8 @@ std::tuple<Tensor, Tensor> forward(
     using A = Acc<T>;
     const auto affine = affine_of<A>(s, batch_weight, batch_bias, weight, bias);
     Forward<T>{s, rule, affine, Saved<A>(static_cast<A*>(saved.data_ptr()), s),
-               Buffer(running_mean), Buffer(running_var), data, repeats}
+               Buffer(running_mean), Buffer(running_var), data, repeats,
+               const_cast<A*>(data_of<A>(coef, 2 * s.rows()))}
         .run(static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu);
   });
   if (moves) {
@@ -145,14 +146,15 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
 }
 
 Tensor apply(
-    const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& at_mean) {
+    const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& at_mean,
+    bool relu) {
   const Shape s(x, 1);
   Tensor y = at::empty_like(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
     all_apply<T>(
-        s, static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), false,
+        s, static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu,
         data_of<A>(mean, s.rows()), data_of<A>(scale, s.rows()),
         data_of<A>(at_mean, s.rows()));
   });
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor> fake_forward(
     const Tensor& x, const Tensor&, const Tensor&, const MaybeTensor&,
     const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
     int64_t, double, bool, bool, bool, Maybe<double>, std::string,
-    const MaybeTensor&, bool) {
+    const MaybeTensor&, bool, const MaybeTensor&) {
   return {at::empty_like(x), empty_saved(x)};
 }
 
@@ -223,7 +225,8 @@ std::tuple<Tensor, Tensor> fake_reduce(const Tensor&, const Tensor& x, const Ten
   return fake_rows(x);
 }
 
-Tensor fake_apply(const Tensor& x, const Tensor&, const Tensor&, const Tensor&) {
+Tensor fake_apply(
+    const Tensor& x, const Tensor&, const Tensor&, const Tensor&, bool) {
   return at::empty_like(x);
 }
 
@@ -241,14 +244,15 @@ TORCH_LIBRARY(bcn_mm_cpu, m) {
       "Tensor(c!)? num_batches_tracked, Tensor? batch_weight, Tensor? batch_bias, "
       "Tensor? weight, Tensor? bias, int num_groups, float eps, bool relu, "
       "bool training, bool estimate, float? momentum, str start, Tensor(d!)? batch, "
-      "bool repeats) -> (Tensor, Tensor)");
+      "bool repeats, Tensor(e!)? coef) -> (Tensor, Tensor)");
   m.def(
       "backward(Tensor dy, Tensor x, Tensor saved, Tensor? batch_weight, "
       "Tensor? batch_bias, Tensor? weight, Tensor? bias, int num_groups, float eps, "
       "bool relu, bool batch_statistics, bool needs_dx) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("moments(Tensor x) -> (Tensor, Tensor)");
-  m.def("apply(Tensor x, Tensor mean, Tensor scale, Tensor at_mean) -> Tensor");
+  m.def(
+      "apply(Tensor x, Tensor mean, Tensor scale, Tensor at_mean, bool relu) -> Tensor");
   m.def("reduce(Tensor dy, Tensor x, Tensor mean) -> (Tensor, Tensor)");
   m.def(
       "apply_add(Tensor dy, Tensor x, Tensor dy_mean, Tensor mean, Tensor dy_scale, "

@@ -29,6 +29,8 @@ from bcn_mm.weights.reading import (
     read_checkpoint,
 )
 
+SAVES_MEMORY = 'RecomputeActivationsHook'
+
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -36,6 +38,7 @@ def parse_args() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="""examples:
   python tools/train.py CONFIG
+  python tools/train.py CONFIG --save-memory
   python tools/train.py CONFIG --resume
   python tools/train.py CONFIG --cfg-options train_dataloader.batch_size=2
   torchrun --nproc-per-node 8 tools/train.py CONFIG --launcher pytorch""",
@@ -46,6 +49,12 @@ def parse_args() -> argparse.Namespace:
     )
     add_arguments(parser)
     parser.add_argument('--amp', action='store_true', help='train in mixed precision')
+    parser.add_argument(
+        '--save-memory',
+        action='store_true',
+        help='compute again in the backward pass what follows from what BCN keeps '
+        '(RecomputeActivationsHook): the same bits in less memory',
+    )
     parser.add_argument(
         '--auto-scale-lr',
         action='store_true',
@@ -75,6 +84,10 @@ def configure(args: argparse.Namespace):
             )
         cfg.optim_wrapper.type = 'AmpOptimWrapper'
         cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
+    if args.save_memory:
+        hooks = cfg.setdefault('custom_hooks', [])
+        if all(type_name(hook) != SAVES_MEMORY for hook in hooks):
+            hooks.append(dict(type=SAVES_MEMORY))
     if args.auto_scale_lr:
         if 'base_batch_size' not in (cfg.get('auto_scale_lr') or {}):
             raise InputError(

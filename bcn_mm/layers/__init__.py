@@ -1,6 +1,7 @@
 """Modules over :mod:`bcn_mm.ops`, in mmengine's root ``MODELS`` registry."""
 
 from .bcn import BCN
+from .recompute import RecomputedActivations, recompute_activations
 from .replace import WithBCN, is_replaceable, replace_norms
 from .sync import (
     SyncBCN,
@@ -13,6 +14,7 @@ from .ws_conv import WS_CONVS, WSConv1d, WSConv2d, WSConv3d
 __all__ = [
     'BCN',
     'WS_CONVS',
+    'RecomputedActivations',
     'SyncBCN',
     'WSConv1d',
     'WSConv2d',
@@ -21,6 +23,7 @@ __all__ = [
     'average_estimates',
     'convert_sync_bcn',
     'is_replaceable',
+    'recompute_activations',
     'replace_norms',
     'revert_sync_bcn',
 ]

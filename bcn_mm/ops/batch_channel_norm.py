@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import portable, recomputation
+from . import portable, recomputation, rematerialization, stages
 from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompiled
 from .estimates import Rule, Running, batch_of, repeated_by_others, unmoving
 from .kernels import Eager, is_empty, kernels_for
 from .layout import compute_dtype, dense, in_layout_of, to_dtype
+from .rematerialization import NormRecipe
 from .stages import Affine, Batch, Moments, Spec
 
 
@@ -215,10 +216,12 @@ def _normalize(
         known, repeats = None, False
         if recomputation.is_on():
             running, rule, known, repeats = _taped(x, running, rule)
+        how = running, rule, spec, known, repeats, kernels
         if torch.is_grad_enabled():
-            return _Fused.apply(
-                x, *affine, running, rule, spec, known, repeats, kernels
-            )
+            if rematerialization.watching:
+                recipe = _recipe_of(x, kernels)
+                return _followed(_Fused.apply(x, *affine, *how, recipe), recipe)
+            return _Fused.apply(x, *affine, *how, None)
         return kernels.forward(x, running, rule, affine, spec, known, repeats)[0]
     return _pass_by_pass(x, running, rule, affine, spec, kernels, group)
 
@@ -241,8 +244,33 @@ def _pass_by_pass(
         if torch.is_grad_enabled() and any(
             t is not None and t.requires_grad for t in (x, *affine)
         ):
-            return _BatchChannelNorm.apply(x, *affine, *moments, *batch, *spec, group)
+            y = _BatchChannelNorm.apply(x, *affine, *moments, *batch, *spec, group)
+            if not is_compiling() and rematerialization.watching:
+                recipe = _recipe_of(x, kernels)
+                if recipe is not None:
+                    with torch.no_grad():
+                        coef = stages.forward(moments, batch, affine, spec)
+                    recipe.moments, recipe.coef = moments, coef
+                return _followed(y, recipe)
+            return y
         return kernels.normalize(x, moments, batch, affine, spec)
+
+
+def _recipe_of(x: Tensor, kernels: Eager) -> Optional[NormRecipe]:
+    """How to compute a pass over ``x`` again, if somebody wants to know."""
+    region = rematerialization.current()
+    if region is None or is_empty(x):
+        return None
+    if recomputation.is_on():  # nothing of this pass is kept
+        return None
+    return NormRecipe(kernels, x, region.pack)
+
+
+def _followed(y: Tensor, recipe: Optional[NormRecipe]) -> Tensor:
+    region = rematerialization.current()
+    if recipe is not None and region is not None and y.requires_grad:
+        region.follow(y, recipe)
+    return y
 
 
 def _taped(
@@ -353,9 +381,13 @@ class _Fused(torch.autograd.Function):
         batch: Optional[Tensor],
         repeats: bool,
         kernels: Eager,
+        recipe: Optional[NormRecipe],
     ) -> Tensor:
         affine = Affine(batch_weight, batch_bias, weight, bias)
-        y, saved = kernels.forward(x, running, rule, affine, spec, batch, repeats)
+        coef = None if recipe is None else recipe.room_for(x, compute_dtype(x))
+        y, saved = kernels.forward(x, running, rule, affine, spec, batch, repeats, coef)
+        if recipe is not None:
+            recipe.note(x, saved[0])
         # the bias may move before the backward pass, as in all norms
         kept = bias if spec.relu else None
         ctx.save_for_backward(x, batch_weight, batch_bias, weight, kept, *saved)
@@ -376,4 +408,4 @@ def _fused_backward(ctx: Any, dy: Tensor) -> Tuple[Optional[Tensor], ...]:
     dx, grads = ctx.kernels.backward(
         in_layout_of(dy, x), x, saved, affine, *ctx.settings, ctx.needs_input_grad[0]
     )
-    return (dx, *grads, *[None] * 6)
+    return (dx, *grads, *[None] * 7)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ._compat import is_transforming
+from . import recomputation, rematerialization
+from ._compat import is_compiling, is_transforming
 from .kernels import Eager, kernels_for
 from .portable import exporting
 
@@ -104,8 +105,25 @@ def standardize_weight(
         )
     # statistics of low precision weights in float32
     work = weight if weight.dtype == torch.float64 else weight.float()
-    result = _Standardize.apply(work, eps, dialect, kernels_for(work))
+    kernels = kernels_for(work)
+    result = _Standardize.apply(work, eps, dialect, kernels)
+    if not is_compiling() and rematerialization.watching and work is weight:
+        _follow(result, weight, eps, dialect, kernels)
     return result.to(weight.dtype)
+
+
+def _follow(
+    result: Tensor, weight: Tensor, eps: float, dialect: str, kernels: Eager
+) -> None:
+    region = rematerialization.current()
+    if region is None or not torch.is_grad_enabled() or recomputation.is_on():
+        return
+
+    def standardize(weight: Tensor) -> Tensor:
+        return kernels.standardize(weight, eps, *DIALECTS[dialect])[0]
+
+    recipe = rematerialization.WeightRecipe(standardize, weight, region.pack)
+    region.follow(result, recipe)
 
 
 def _plain(weight: Tensor, eps: float, dialect: str) -> Tensor:

@@ -35,6 +35,7 @@ def report(content: dict, console: Console) -> int:
         good = [s for s in steps.values() if 'converted' in s]
         console.print(f'Two steps: {len(good)} of {len(steps)} folders')
         tables += [
+            _recomputed(steps),
             _by_reason(
                 ((f, s['stock_error']) for f, s in steps.items() if 'stock' not in s),
                 'Two steps: the stock model does not train',
@@ -88,6 +89,25 @@ def _totals(group: List[dict]) -> tuple:
         sum(r['converted'].get('BCN', 0) for r in good),
         sum(len(r['left']) for r in good),
     )
+
+
+def _recomputed(steps: Dict[str, dict]) -> Table:
+    table = Table(
+        title='Two steps with activations recomputed: the same bits; saved for '
+        'the backward pass, MiB'
+    )
+    for heading in ('method', 'without', 'with', 'ratio'):
+        table.add_column(heading, justify='left' if heading == 'method' else 'right')
+    for folder, step in sorted(steps.items()):
+        if 'recomputed' in step and 'error' not in step:
+            spared, kept = (step['recomputed'][k] / 2**20 for k in ('spared', 'kept'))
+            table.add_row(
+                folder,
+                f'{spared + kept:.1f}',
+                f'{kept:.1f}',
+                f'{kept / (spared + kept):.2f}',
+            )
+    return table
 
 
 def _by_reason(items: Iterable, heading: str) -> Optional[Table]:

@@ -1,14 +1,16 @@
 """Two training steps of a config's models, stock and converted."""
 
 import copy
-from typing import List
+import hashlib
+from typing import Iterable, List, Tuple
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseModel, revert_sync_batchnorm
 from mmengine.structures import BaseDataElement
 
-from bcn_mm import BCN
+from bcn_mm import BCN, recompute_activations
 from bcn_mm.convert import build_model, describe, in_scope, to_bcn
 from bcn_mm.engine.batches import random_batch
 from bcn_mm.engine.cli import forget_pretrained
@@ -22,7 +24,11 @@ SHAPES = ((128, 160), (256, 256), (512, 512), None)
 
 
 def two_steps(names: List[str], ws: bool, timeout: int) -> dict:
-    """Train the stock model of one of these configs, then the converted."""
+    """Train the stock model of one of these configs, then the converted.
+
+    The converted one twice: the second time recomputing activations, which
+    must change no bit of losses, gradients, parameters and buffers.
+    """
     result = {}
     for name in names:
         for shape in SHAPES:
@@ -33,23 +39,36 @@ def two_steps(names: List[str], ws: bool, timeout: int) -> dict:
                     shape = shape or own
                     if shape is None:
                         continue
-                    stock = _train(cfg, 2, shape)
+                    stock, _ = _train(cfg, 2, shape)
                 except Exception as e:
                     result.setdefault('stock_error', describe(e))
                     continue
                 result = dict(config=name, shape=shape, stock=stock)
                 try:
                     # what it is for: one picture a step
-                    result['converted'] = _train(to_bcn(cfg, ws=ws), 1, shape)
+                    converted = to_bcn(cfg, ws=ws)
+                    result['converted'], bits = _train(converted, 1, shape)
+                    recomputed, again = _train(converted, 1, shape, recompute=True)
+                    result['recomputed'] = recomputed['saved']
+                    if again != bits:
+                        raise AssertionError('recomputed activations change bits')
                 except Exception as e:
                     result['error'] = describe(e)
                 return result
     return dict(result, config=names[0])
 
 
-def _train(cfg: Config, batch_size: int, shape) -> dict:
-    """Two training steps and two evaluations, on the CPU."""
+def _train(
+    cfg: Config, batch_size: int, shape, recompute: bool = False
+) -> Tuple[dict, str]:
+    """Two training steps and two evaluations, on the CPU.
+
+    Returns:
+        tuple: what is to be known of them, and what stands for the bits of all
+        losses, gradients, parameters and buffers.
+    """
     torch.manual_seed(0)
+    np.random.seed(0)  # some samplers' generator
     cfg = copy.deepcopy(cfg)
     # pictures stay as small as they are
     preprocessor = cfg.model.get('data_preprocessor') or {}
@@ -65,7 +84,15 @@ def _train(cfg: Config, batch_size: int, shape) -> dict:
         batch = random_batch(cfg, batch_size, shape)
         layers = [m for m in model.modules() if isinstance(m, BCN)]
         start = [m.running_mean.clone() for m in layers]
+        handle = recompute_activations(model)
+        if recompute:
+            handle.measure()
+        else:
+            handle.remove()
         losses = _take_steps(model, batch)
+        bits = _bits_of(model, losses)
+        saved = handle.measure(False)
+        handle.remove()
         used = [bool(m.num_batches_tracked.sum()) for m in layers]
         moved = [
             not torch.equal(m.running_mean, s) and bool(m.running_mean.isfinite().all())
@@ -74,7 +101,18 @@ def _train(cfg: Config, batch_size: int, shape) -> dict:
         if used != moved or (layers and not any(moved)):
             raise AssertionError('an estimate has not moved')
         _check_evaluation(model, batch)
-    return dict(losses=losses, moved=sum(moved), layers=len(layers))
+    result = dict(losses=losses, moved=sum(moved), layers=len(layers))
+    if recompute:
+        result['saved'] = dict(zip(('spared', 'kept'), saved))
+    return result, bits
+
+
+def _bits_of(model: BaseModel, losses: Iterable[float]) -> str:
+    digest = hashlib.sha256(repr(list(losses)).encode())
+    gradients = (p.grad for p in model.parameters() if p.grad is not None)
+    for tensor in (*model.state_dict().values(), *gradients):
+        digest.update(tensor.detach().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _take_steps(model: BaseModel, batch: dict) -> List[float]:

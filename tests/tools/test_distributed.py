@@ -137,10 +137,11 @@ def passes(folder: Path) -> list:
 
 def test_growing(pair, shapes, tmp_path):
     """Activation checkpointing, which repeats passes in the backward pass,
-    and a search for unused parameters change nothing but rounding."""
+    and a search for unused parameters change nothing but rounding, with
+    activations that are recomputed beside it."""
     for name, options in dict(
-        recomputed=['model.backbone.with_cp=True'],
-        searched=['find_unused_parameters=True'],
+        recomputed=['model.backbone.with_cp=True', '--save-memory'],
+        searched=['find_unused_parameters=True', '--save-memory'],
     ).items():
         folder = tmp_path / name
         folder.mkdir()
@@ -148,6 +149,15 @@ def test_growing(pair, shapes, tmp_path):
         check_ranks_agree(folder)
         assert losses(folder) == pytest.approx(losses(pair), rel=1e-2)
         assert passes(folder) == passes(pair)
+
+
+def test_recomputed_activations(pair, shapes, tmp_path):
+    """Are the same on every rank, bit for bit."""
+    train_pair('det', tmp_path, shapes, '--save-memory')
+    assert losses(tmp_path) == losses(pair)
+    for rank in range(2):
+        one, two = (torch.load(f / f'rank{rank}.pth') for f in (pair, tmp_path))
+        assert all(torch.equal(one[name], value) for name, value in two.items())
 
 
 def test_gradient_accumulation(shapes, tmp_path):
@@ -187,10 +197,12 @@ def test_fsdp(pair, shapes, tmp_path, python):
         2,
         '--work-dir',
         tmp_path,
+        '--save-memory',
         *OPTIONS,
         **environment(shapes),
     )
     assert done.returncode == 0, done.stdout[-3000:]
+    assert 'RecomputeActivationsHook:' in done.stdout
     check_threads(done.stdout)
     assert losses(tmp_path) == pytest.approx(losses(pair), rel=1e-2)
     python(

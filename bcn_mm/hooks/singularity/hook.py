@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from ...layers.recompute import is_compiled
 from ...ops._compat import ALWAYS_CALL
 from .measure import Measurement, ReLUTracer, measure
 from .plot import draw_history
@@ -172,7 +173,7 @@ class EliminationSingularityHook(Hook):
             for name, module in model.named_modules()
             if isinstance(module, (_BatchNorm, nn.GroupNorm))
         }
-        if any(map(_is_compiled, runner.model.modules())):
+        if any(map(is_compiled, runner.model.modules())):
             self._norms = {}
             runner.logger.warning(
                 'EliminationSingularityHook: torch.compile hides the layers '
@@ -300,13 +301,3 @@ class EliminationSingularityHook(Hook):
         self.history.append((step, tags))
         runner.visualizer.add_scalars(tags, step=step)
         runner.logger.info(log_line(self.results, self._steps))
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    if getattr(module, '_compiled_call_impl', None) is not None:
-        return True
-    # torch.compile(module) wraps forward, mmengine's compile=True train_step
-    return any(
-        hasattr(getattr(module, name, None), '_torchdynamo_orig_callable')
-        for name in ('forward', 'train_step')
-    )

@@ -79,6 +79,7 @@ class Cpp(Eager):
         spec: Spec,
         batch: Optional[Tensor] = None,
         repeats: bool = False,
+        coef: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         training, estimate, momentum, start, _ = rule
         if training and (momentum is None or start != 'identity'):
@@ -94,6 +95,7 @@ class Cpp(Eager):
             start,
             batch,
             repeats,
+            coef,
         )
         return y, (saved,)
 
@@ -142,11 +144,11 @@ class Cpp(Eager):
         mean, var = _operators().moments(x)
         return Moments(mean, var, False)
 
-    def _apply(
-        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor
+    def apply(
+        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
     ) -> Tensor:
         rows = (t.contiguous() for t in (moments.mean, scale, at_mean))
-        return _operators().apply(x, *rows)
+        return _operators().apply(x, *rows, relu)
 
     def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
         return _operators().reduce(dy, x, mean.contiguous())

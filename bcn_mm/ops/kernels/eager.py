@@ -77,16 +77,22 @@ class Eager:
         spec: Spec,
     ) -> Tensor:
         """Both stages: a fresh tensor of the shape, dtype and layout of x."""
-        y = self._normalize(x, moments, batch, affine, spec)
-        return y.relu_() if spec.relu else y
+        coef = stages.forward(moments, batch, affine, spec)
+        return self.apply(x, moments, *coef, spec.relu)
 
-    def _normalize(
-        self, x: Tensor, moments: Moments, batch: Batch, affine: Affine, spec: Spec
+    def apply(
+        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
     ) -> Tensor:
-        scale, at_mean = stages.forward(moments, batch, affine, spec)
+        """What :meth:`normalize` makes of the result of :func:`.stages.forward`.
+
+        Equal, bit for bit, for equal arguments: a pass is computed again from
+        what it wrote down.
+        """
         if _has_single_values(x):
-            return torch.empty_like(x).copy_(at_mean.view(x.shape))
-        return self._apply(x, moments, scale, at_mean)
+            y = torch.empty_like(x).copy_(at_mean.view(x.shape))
+        else:
+            y = self._apply(x, moments, scale, at_mean)
+        return y.relu_() if relu else y
 
     def _through_relu(
         self,
@@ -100,7 +106,7 @@ class Eager:
         """The gradient of what the ReLU is of, which is computed again."""
         if not spec.relu:
             return dy
-        y = self._normalize(x, moments, batch, affine, spec)
+        y = self.normalize(x, moments, batch, affine, spec._replace(relu=False))
         return torch.where(y <= 0, 0, dy)
 
     def backward_reduce(
@@ -153,6 +159,7 @@ class Eager:
         spec: Spec,
         batch: Optional[Tensor] = None,
         repeats: bool = False,
+        coef: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         """``moments``, the move of the estimates and ``normalize``.
 
@@ -163,10 +170,13 @@ class Eager:
                 batch stage normalizes with are written there.
             repeats (bool): Whether they are read from there instead, and
                 nothing moves.
+            coef (Tensor, optional): (2, N, C), of the dtype of statistics: scale
+                and at_mean of every row are written there, for :meth:`apply`.
 
         Returns:
             tuple: y, and what :meth:`backward` needs beside x: at most 4
-            values for every row.
+            values for every row. The first is a tensor that begins with the
+            means and the variances of all rows.
         """
         raise NotImplementedError
 

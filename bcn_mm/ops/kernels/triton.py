@@ -159,13 +159,15 @@ class Triton(Eager):
         spec: Spec,
         batch: Optional[Tensor] = None,
         repeats: bool = False,
+        coef: Optional[Tensor] = None,
     ) -> Tuple[Tensor, Tuple[Tensor, ...]]:
         cut, groups = _plan_of(x), spec.num_groups
         n, c = x.shape[:2]
         sizes, tile = group_plan(cut, c // groups)
         parts = x.new_empty(2 * cut.half + cut.rows, dtype=torch.float32)
         stats = x.new_empty(2 * cut.rows + 2 * c, dtype=torch.float32)
-        coef = x.new_empty(2 * cut.rows, dtype=torch.float32)
+        if coef is None:
+            coef = x.new_empty(2 * cut.rows, dtype=torch.float32)
         y = torch.empty_like(x)
         moves = rule.training and not repeats
         passes, start = _passes(x, running, rule) if moves else (None, 'identity')
@@ -249,19 +251,14 @@ class Triton(Eager):
         mean, var = stats.unbind()
         return Moments(mean, var)
 
-    def normalize(
-        self,
-        x: Tensor,
-        moments: Moments,
-        batch: Batch,
-        affine: Affine,
-        spec: Spec,
+    def apply(
+        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
     ) -> Tensor:
         cut, mean = _plan_of(x), moments.mean.contiguous()
-        coef = torch.stack(stages.forward(moments, batch, affine, spec))
+        coef = torch.stack((scale, at_mean))
         y = torch.empty_like(x)
         with _on_device_of(x):
-            args = x, y, mean, coef, cut.rows, *cut.tiled, spec.relu
+            args = x, y, mean, coef, cut.rows, *cut.tiled, relu
             self._launcher(None)('apply', cut.tile_programs, *args)
         return y
 

@@ -1,0 +1,273 @@
+"""Having autograd keep recipes of a model's activations, instead of these."""
+
+import logging
+import sys
+import threading
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Callable, ContextManager, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from mmengine.logging import print_log
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from ..ops import recomputation
+from ..ops._compat import ALWAYS_CALL, module_call
+from ..ops.rematerialization import ACTIVATIONS, ADDITIONS, Region, storage_of
+
+_ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
+# How many passes are looked at for activations that are no modules.
+_WATCHED = 5
+_CALL = module_call.__code__
+
+
+def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
+    """Save memory: compute again in the backward pass what BCN makes cheap to.
+
+    Autograd keeps the output of a norm and its activation, for the activation and
+    for the convolution behind it, and a standardized weight for its convolution.
+    Of a BCN both follow from what the layer keeps anyway, in one elementwise pass:
+    ``y = act(A x + B)``. From the next forward pass of ``model`` on they are not
+    kept, but computed again, to the same bits. That is so for outputs of
+    :class:`~bcn_mm.BCN`, with or without an activation (ReLU, ReLU6, LeakyReLU,
+    SiLU, GELU, Hardswish; a module or a function, in place or not), for views of
+    them, for their sums with what is kept anyway and activations of these (of the
+    residual blocks of a stage two in three, so that no more than two sums are
+    computed for one), and for the weights of :class:`~bcn_mm.WSConv2d` in their own
+    precision. Everything else is kept as ever, and so is what something else writes
+    into.
+
+    What ``torch.utils.checkpoint`` repeats keeps nothing, and goes on doing so. A
+    model that ``torch.compile`` has compiled is left alone, with a warning.
+
+    Source: the layer's definition (:func:`bcn_mm.ops.batch_channel_norm`).
+
+    Args:
+        model (nn.Module): The network. This is about what its ``forward`` saves,
+            or that of one of its children.
+
+    Returns:
+        RecomputedActivations: a handle whose ``remove()`` undoes this, and a
+        context manager that does so at its end. Copies of the model recompute
+        as long as the model does.
+
+    Example:
+        >>> from bcn_mm import BCN
+        >>> conv = nn.Conv2d(8, 8, 3)
+        >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), BCN(8), nn.ReLU(), conv)
+        >>> with recompute_activations(net):
+        ...     net(torch.randn(1, 3, 9, 9)).sum().backward()
+        >>> conv.weight.grad.shape
+        torch.Size([8, 8, 3, 3])
+    """
+    return RecomputedActivations(model)
+
+
+class RecomputedActivations:
+    """What :func:`recompute_activations` returns.
+
+    Attributes:
+        is_active (bool): Whether the model recomputes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.is_active = not any(map(is_compiled, model.modules()))
+        self._model = model
+        self._region = Region()
+        self._handles: List[RemovableHandle] = []
+        self._owners: Dict[nn.Module, None] = {}
+        if not self.is_active:
+            print_log(
+                'the activations of this model are not recomputed: torch.compile '
+                'decides by itself what to keep',
+                logger='current',
+                level=logging.WARNING,
+            )
+            return
+        for module in (model, *model.children()):
+            self._hang(module, _Around(_Door(self).context))
+        for module in model.modules():
+            if isinstance(module, _ACTIVATIONS):
+                self._own(module)
+
+    def remove(self) -> None:
+        """Have the model keep what it kept before, from the next pass on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._owners = [], {}
+        self.is_active = False
+
+    def __enter__(self) -> 'RecomputedActivations':
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def measure(self, on: bool = True) -> Tuple[int, int]:
+        """Add up what is saved for the backward pass, or stop doing so.
+
+        Args:
+            on (bool): Whether to, from now on. Default: True.
+
+        Returns:
+            tuple[int, int]: bytes that recipes stood for, and bytes of all other
+            tensors but parameters that were saved, since the last call.
+        """
+        region = self._region
+        own = {storage_of(p) for p in self._model.parameters()}
+        kept = sum(n for storage, n in region.kept.items() if storage not in own)
+        result = region.spared, kept
+        region.counts, region.spared, region.kept = on, 0, {}
+        return result
+
+    def _hang(self, module: nn.Module, around: '_Around') -> None:
+        self._handles += [
+            module.register_forward_pre_hook(around.before),
+            module.register_forward_hook(around.after, **ALWAYS_CALL),
+        ]
+
+    def _own(self, module: nn.Module) -> None:
+        """Look at what a module computes for activations, from its next call on."""
+        if module not in self._owners and self.is_active:
+            self._owners[module] = None
+            self._hang(module, _Around(self._activations))
+
+    def _activations(self) -> Optional[ContextManager]:
+        return _Activations(self._region) if self._region.is_open else None
+
+
+class _Door:
+    """Opens a handle's region, and looks for activations in its first passes."""
+
+    def __init__(self, handle: RecomputedActivations) -> None:
+        self.handle = handle
+        self.passes = 0
+
+    def context(self) -> Optional[ContextManager]:
+        if not self.handle.is_active or not torch.is_grad_enabled():
+            return None
+        if recomputation.is_on():  # whose own hooks must be the innermost
+            return None
+        return self.recomputing()
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        region = self.handle._region
+        if not region.open():  # an outer one is
+            yield
+            return
+        self.passes += 1
+        try:
+            if self.passes > _WATCHED:
+                yield
+            else:
+                with _Activations(region, self.handle._own):
+                    yield
+        finally:
+            region.close()
+
+
+class _Activations(TorchFunctionMode):
+    """Tells a region of the activations that are computed.
+
+    Args:
+        region (Region): Where outputs of norms are followed.
+        found (callable, optional): Called with each module that applies one.
+    """
+
+    def __init__(
+        self, region: Region, found: Optional[Callable[[nn.Module], None]] = None
+    ) -> None:
+        super().__init__()
+        self.region = region
+        self.found = found
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+
+        def compute() -> Any:
+            return func(*args, **kwargs)
+
+        arguments_of = ACTIVATIONS.get(func)
+        # a tensor that is named is left alone
+        if arguments_of is not None and args:
+            if self.region.find(args[0]) is None:
+                return compute()
+            self._tell_owner()
+            activation = arguments_of(*args[1:], **kwargs)
+            return self.region.activate(args[0], activation, compute)
+        adds = func in ADDITIONS and len(args) == 2 and not kwargs
+        if adds and any(self.region.find(x) is not None for x in args):
+            self._tell_owner()
+            return self.region.add(*args, compute)
+        return compute()
+
+    def _tell_owner(self) -> None:
+        if self.found is not None:
+            owner = _innermost_module()
+            if owner is not None:
+                self.found(owner)
+
+
+class _Around:
+    """Hooks that put a context around a module's forward pass.
+
+    Copies of the module share them, and pickles have some that do nothing.
+    """
+
+    def __init__(self, make: Callable[[], Optional[ContextManager]]) -> None:
+        self.make = make
+        self.entered = _Entered()
+
+    def before(self, module: nn.Module, args: Any) -> None:
+        context = self.make()
+        if context is not None:
+            context.__enter__()
+        self.entered.contexts.append(context)
+
+    def after(self, module: nn.Module, args: Any, output: Any) -> None:
+        contexts = self.entered.contexts
+        # none if it was hung up within the pass
+        context = contexts.pop() if contexts else None
+        if context is not None:
+            context.__exit__(None, None, None)
+
+    def __deepcopy__(self, memo: Dict[int, Any]) -> '_Around':
+        return self
+
+    def __reduce__(self) -> Tuple[Callable, Tuple[Any, ...]]:
+        return type(self), (_no_context,)
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.contexts: List[Optional[ContextManager]] = []
+
+
+def _no_context() -> None:
+    return None
+
+
+def _innermost_module() -> Optional[nn.Module]:
+    """The module whose call is the innermost that is running."""
+    frame: Optional[FrameType] = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _CALL:
+            return frame.f_locals['self']
+        frame = frame.f_back
+    return None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``torch.compile`` hides what a module does."""
+    if getattr(module, '_compiled_call_impl', None) is not None:
+        return True
+    # torch.compile(module) wraps forward, mmengine's compile=True train_step
+    return any(
+        hasattr(getattr(module, name, None), '_torchdynamo_orig_callable')
+        for name in ('forward', 'train_step')
+    )

@@ -1,0 +1,587 @@
+"""What autograd keeps of a layer's result: how to compute it again.
+
+``y = A x + B``, row by row, follows from what the layer keeps for its own backward
+pass, and so do an activation of ``y``, its sum with something that is kept anyway, as
+at the end of a residual block, and a standardized weight from the weight. Within a
+:class:`Region`, autograd is handed a recipe wherever it would keep such a tensor, or a
+view of it, for the backward pass; all else it keeps as ever.
+
+A tensor is known by its storage, as long as it lives, and by its version: whatever
+something has written into since is another tensor.
+"""
+
+import threading
+from functools import partial
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Tuple,
+    Union,
+)
+from weakref import WeakValueDictionary, ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._compat import is_autocast_enabled, is_transforming
+from .kernels import Eager
+from .stages import Moments
+
+# -- recipes -----------------------------------------------------------------
+
+
+class Recipe:
+    """How a tensor is computed again, bit for bit.
+
+    Attributes:
+        depth (int): How many sums it takes, one after the other.
+        awaited (int): How much of what autograd was handed has not asked yet.
+    """
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.awaited = 0
+
+    def compute(self) -> Tensor:
+        """A fresh tensor of the same values; autograd is off."""
+        raise NotImplementedError
+
+
+class NormRecipe(Recipe):
+    """``scale (x - mean) + at_mean``, row by row.
+
+    Args:
+        kernels (Eager): Who made the pass.
+        x (Tensor): What it was of.
+        keep (callable): :meth:`Region.pack`.
+    """
+
+    def __init__(
+        self, kernels: Eager, x: Tensor, keep: Callable[[Tensor], 'Kept']
+    ) -> None:
+        super().__init__()
+        self.kernels = kernels
+        self.x = keep(x.detach())
+        self.moments: Optional[Moments] = None
+        self.coef: Any = None  # scale and at_mean
+
+    def room_for(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where a fused pass writes its coefficients to."""
+        self.coef = x.new_empty(2, *x.shape[:2], dtype=dtype)
+        return self.coef
+
+    def note(self, x: Tensor, saved: Tensor) -> None:
+        """Take the moments from what a fused pass has saved."""
+        n, c = x.shape[:2]
+        mean, var = saved[: 2 * n * c].view(2, n, c).unbind()
+        self.moments = Moments(mean, var)
+
+    def compute(self, relu: bool = False) -> Tensor:
+        assert self.moments is not None
+        x = self.x.tensor()
+        scale, at_mean = self.coef
+        return self.kernels.apply(x, self.moments, scale, at_mean, relu)
+
+
+class WeightRecipe(Recipe):
+    """A standardized weight.
+
+    Args:
+        standardize (callable): Makes it of the weight.
+        weight (Tensor): The weight.
+        keep (callable): :meth:`Region.pack`.
+    """
+
+    def __init__(
+        self,
+        standardize: Callable[[Tensor], Tensor],
+        weight: Tensor,
+        keep: Callable[[Tensor], 'Kept'],
+    ) -> None:
+        super().__init__()
+        self.standardize = standardize
+        self.weight = keep(weight.detach())
+
+    def compute(self) -> Tensor:
+        return self.standardize(self.weight.tensor())
+
+
+class ActivationRecipe(Recipe):
+    """An activation of what another recipe makes."""
+
+    def __init__(self, source: Recipe, function: 'Activation') -> None:
+        super().__init__(source.depth)
+        self.source = source
+        self.function = function
+
+    def compute(self) -> Tensor:
+        if self.function.is_relu and isinstance(self.source, NormRecipe):
+            return self.source.compute(relu=True)
+        return self.function.within(self.source.compute())
+
+
+class SumRecipe(Recipe):
+    """The sum of what a recipe makes and of what another makes, or is kept."""
+
+    def __init__(self, first: Recipe, second: 'Union[Recipe, Kept]') -> None:
+        depths = [part.depth for part in (first, second) if isinstance(part, Recipe)]
+        super().__init__(1 + max(depths))
+        self.first = first
+        self.second = second
+
+    def compute(self) -> Tensor:
+        second = self.second
+        other = second.compute() if isinstance(second, Recipe) else second.tensor()
+        return self.first.compute().add_(other)
+
+
+# -- sums and activations -------------------------------------------------------------
+
+
+class Activation(NamedTuple):
+    """An elementwise function of one tensor."""
+
+    #: Maps a tensor to the result, in its memory where it can.
+    within: Callable[[Tensor], Tensor]
+    is_relu: bool = False
+    #: Whether autograd keeps a copy of the argument where that is overwritten.
+    keeps_copy: bool = False
+
+
+def _relu(inplace: bool = False) -> Activation:
+    return Activation(torch.relu_, is_relu=True)
+
+
+def _relu6(inplace: bool = False) -> Activation:
+    return Activation(partial(F.relu6, inplace=True))
+
+
+def _hardtanh(
+    min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False
+) -> Activation:
+    return Activation(
+        partial(F.hardtanh, min_val=min_val, max_val=max_val, inplace=True)
+    )
+
+
+def _leaky_relu(negative_slope: float = 0.01, inplace: bool = False) -> Activation:
+    return Activation(
+        partial(F.leaky_relu, negative_slope=negative_slope, inplace=True)
+    )
+
+
+def _silu(inplace: bool = False) -> Activation:
+    return Activation(partial(F.silu, inplace=True), keeps_copy=True)
+
+
+def _hardswish(inplace: bool = False) -> Activation:
+    return Activation(partial(F.hardswish, inplace=True), keeps_copy=True)
+
+
+def _gelu(approximate: str = 'none') -> Activation:
+    return Activation(partial(F.gelu, approximate=approximate))
+
+
+#: By function: what its arguments behind the tensor make of it.
+ACTIVATIONS: Dict[Callable, Callable[..., Activation]] = {
+    **dict.fromkeys(
+        (F.relu, F.relu_, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_), _relu
+    ),
+    F.relu6: _relu6,
+    **dict.fromkeys((F.hardtanh, F.hardtanh_), _hardtanh),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_), _leaky_relu),
+    F.silu: _silu,
+    F.hardswish: _hardswish,
+    F.gelu: _gelu,
+}
+
+
+#: Of two tensors, without a factor.
+ADDITIONS = {
+    torch.add,
+    Tensor.add,
+    Tensor.add_,
+    Tensor.__add__,
+    Tensor.__radd__,
+    Tensor.__iadd__,
+}
+# How many sums one after the other are computed again: of a chain of residual
+# blocks every third one keeps its result.
+_DEPTH = 2
+
+
+# -- what autograd is handed -------------------------------------------------
+
+
+class Kept:
+    """What stands for a tensor that autograd saves: the tensor, or its recipe."""
+
+    __slots__ = (
+        '_tensor',
+        '_version',
+        '_recipe',
+        '_view',
+        '_region',
+        '_served',
+        '__weakref__',
+    )
+
+    def __init__(self, tensor: Tensor, region: 'Region') -> None:
+        self._tensor: Optional[Tensor] = tensor
+        self._version = tensor._version
+        self._recipe: Optional[Recipe] = None
+        self._view: Any = None
+        self._region = region
+        self._served = False
+
+    def replace(self, recipe: Recipe, strides: Tuple[int, ...]) -> Tensor:
+        """Hold the recipe of the tensor, or of what it is a view of, instead.
+
+        Args:
+            recipe (Recipe): What to hold.
+            strides (tuple): In memory, of what the recipe makes.
+
+        Returns:
+            Tensor: what was held.
+        """
+        t = self._tensor
+        assert t is not None
+        self._view = t.size(), t.stride(), t.storage_offset(), strides
+        self._recipe, self._tensor = recipe, None
+        recipe.awaited += 1
+        return t
+
+    def holds(self, tensor: Tensor, version: int) -> bool:
+        """Whether it is this tensor, all of it, at this version, that is held."""
+        t = self._tensor
+        return (
+            t is not None
+            and self._version == version
+            and t.dtype == tensor.dtype
+            and t.size() == tensor.size()
+            and t.stride() == tensor.stride()
+            and t.storage_offset() == tensor.storage_offset()
+        )
+
+    @property
+    def held(self) -> Optional[Tensor]:
+        """The tensor, where it is held."""
+        return self._tensor
+
+    def tensor(self) -> Tensor:
+        """The tensor, as it was saved.
+
+        Raises:
+            RuntimeError: if something has been written into it since.
+        """
+        t = self._tensor
+        if t is not None:
+            if t._version != self._version:
+                # what autograd itself would see without hooks
+                raise RuntimeError(
+                    f'one of the variables needed for gradient computation has been '
+                    f'modified by an inplace operation: a {t.dtype} tensor of shape '
+                    f'{list(t.shape)} is at version {t._version}; expected version '
+                    f'{self._version} instead'
+                )
+            return t
+        size, stride, offset, strides = self._view
+        recipe = self._recipe
+        assert recipe is not None
+        base = self._region.made(recipe, self._take())
+        if base.stride() != strides:
+            laid = torch.empty_strided(
+                base.shape, strides, dtype=base.dtype, device=base.device
+            )
+            base = laid.copy_(base)
+        if (base.size(), base.stride(), base.storage_offset()) == self._view[:3]:
+            return base
+        return base.as_strided(size, stride, offset)
+
+    def _take(self) -> bool:
+        """Whether others, which have not asked yet, will ask for the same."""
+        assert self._recipe is not None
+        if not self._served:
+            self._served = True
+            self._recipe.awaited -= 1
+        return self._recipe.awaited > 0
+
+    def __del__(self) -> None:
+        recipe = self._recipe
+        if recipe is not None and not self._served:
+            recipe.awaited -= 1
+            if not recipe.awaited:
+                self._region.forget(recipe)
+
+
+class _Living(NamedTuple):
+    """A tensor that there is a recipe of."""
+
+    tensor: 'ref[Tensor]'
+    version: int
+    recipe: Recipe
+
+
+class _Pending(NamedTuple):
+    """An activation that is being computed."""
+
+    living: Optional[_Living]  # what it is of
+    key: int
+    recipe: ActivationRecipe
+    unknown: List[Kept]  # what autograd has kept of it that is none of these
+
+
+# -- regions -----------------------------------------------------------------
+
+
+class Region:
+    """Where autograd is handed recipes. Each thread has its own.
+
+    Attributes:
+        is_open (bool): Whether it is, in some thread.
+        counts (bool): Whether bytes are added up.
+        spared (int): Bytes that recipes stand for.
+        kept (dict): Bytes that are kept, by storage.
+    """
+
+    def __init__(self) -> None:
+        self.counts = False
+        self.spared = 0
+        self.kept: Dict[int, int] = {}
+        self.is_open = False
+        self._living: Dict[int, _Living] = {}
+        # what is kept without a recipe, by storage
+        self._held: WeakValueDictionary[int, Kept] = WeakValueDictionary()
+        self._pending: Optional[_Pending] = None
+        self._made: Optional[Tuple[Recipe, Tensor]] = None
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
+
+    # -- where it begins and ends --------------------------------------------
+
+    def open(self) -> bool:
+        """Begin; False where that cannot be, or it has begun."""
+        global watching
+        if self.is_open or _stack.region is not None or is_transforming():
+            return False
+        self._hooks.__enter__()
+        _stack.region, self.is_open = self, True
+        with _lock:
+            watching += 1
+        return True
+
+    def close(self) -> None:
+        """End what :meth:`open` has begun."""
+        global watching
+        self._hooks.__exit__()
+        _stack.region, self.is_open = None, False
+        self._living.clear()
+        self._held.clear()
+        self._pending = None
+        with _lock:
+            watching -= 1
+
+    # -- what is followed ----------------------------------------------------
+
+    def follow(self, tensor: Tensor, recipe: Recipe) -> None:
+        """Know how to compute a fresh tensor again, as long as it lives."""
+        key = storage_of(tensor)
+        living = self._living
+
+        def forget(gone: 'ref[Tensor]') -> None:
+            entry = living.get(key)
+            if entry is not None and entry.tensor is gone:
+                del living[key]
+
+        living[key] = _Living(ref(tensor, forget), tensor._version, recipe)
+
+    def find(self, tensor: Tensor) -> Optional[_Living]:
+        """What is known of a whole tensor; None if that is nothing."""
+        if type(tensor) is not Tensor or tensor.is_inference():
+            return None
+        living = self._living.get(storage_of(tensor))
+        if living is None or living.tensor() is not tensor:
+            return None
+        return living if living.version == tensor._version else None
+
+    def activate(
+        self, x: Tensor, activation: Activation, compute: Callable[[], Tensor]
+    ) -> Tensor:
+        """Compute an activation, and follow the result if ``x`` is followed."""
+        source = self.find(x)
+        if source is None or self._pending is not None:
+            return compute()
+        recipe = ActivationRecipe(source.recipe, activation)
+        key = storage_of(x)
+        self._pending = pending = _Pending(source, key, recipe, [])
+        try:
+            z = compute()
+        finally:
+            self._pending = None
+        if type(z) is not Tensor or z.shape != x.shape or z.dtype != x.dtype:
+            return z
+        of_z = storage_of(z)
+        if of_z == key and z._version != source.version + 1:
+            return z
+        for kept in pending.unknown:
+            t = kept.held
+            assert t is not None
+            if storage_of(t) == of_z:
+                self._spare(kept, recipe, z.stride())
+            elif of_z == key and activation.keeps_copy and t.shape == x.shape:
+                # autograd took it of x before that was overwritten
+                self._spare(kept, source.recipe, t.stride())
+        self.follow(z, recipe)
+        return z
+
+    def add(self, a: Tensor, b: Tensor, compute: Callable[[], Tensor]) -> Tensor:
+        """Compute a sum, and follow the result if one of them is followed and
+        the other is kept, or followed too."""
+        first, second = self._part(a), self._part(b)
+        known = first is not None and second is not None
+        if known and not isinstance(first, Recipe):
+            first, second = second, first
+        version = a._version if known else 0
+        z = compute()
+        if (
+            not known
+            or not isinstance(first, Recipe)
+            or type(z) is not Tensor
+            or not z.shape == a.shape == b.shape
+            or not z.dtype == a.dtype == b.dtype
+        ):
+            return z
+        assert second is not None
+        if z is a:
+            overwrites = self._part(a, version) is first
+            if not overwrites or z._version != version + 1:
+                return z
+        recipe = SumRecipe(first, second)
+        if recipe.depth <= _DEPTH:
+            self.follow(z, recipe)
+        return z
+
+    def _part(
+        self, tensor: Any, version: Optional[int] = None
+    ) -> 'Union[Recipe, Kept, None]':
+        """How to have a tensor, at some version, in the backward pass."""
+        if type(tensor) is not Tensor or tensor.is_inference():
+            return None
+        if version is None:
+            version = tensor._version
+        key = storage_of(tensor)
+        living = self._living.get(key)
+        if living and living.tensor() is tensor and living.version == version:
+            return living.recipe
+        kept = self._held.get(key)
+        return kept if kept is not None and kept.holds(tensor, version) else None
+
+    # -- what autograd asks --------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> Kept:
+        """What autograd keeps of a tensor that it saves."""
+        kept = Kept(tensor, self)
+        key = storage_of(tensor)
+        living, pending = self._living.get(key), self._pending
+        if self.counts:
+            self.kept[key] = tensor.untyped_storage().nbytes()
+        if living is None:
+            self._held[key] = kept
+            if pending is not None:
+                pending.unknown.append(kept)
+            return kept
+        base = living.tensor()
+        if base is not None and _is_part(tensor, base, key):
+            if tensor._version == living.version:
+                self._spare(kept, living.recipe, base.stride())
+                return kept
+            if (
+                pending is not None
+                and pending.key == key
+                and tensor._version == living.version + 1
+            ):
+                # what an activation has just written over its argument
+                self._spare(kept, pending.recipe, base.stride())
+                return kept
+        self._held[key] = kept
+        return kept
+
+    def _spare(self, kept: Kept, recipe: Recipe, strides: Tuple[int, ...]) -> None:
+        tensor = kept.replace(recipe, strides)
+        if self.counts:
+            self.kept.pop(storage_of(tensor), None)
+            if recipe.awaited == 1:  # the first
+                self.spared += tensor.untyped_storage().nbytes()
+
+    def made(self, recipe: Recipe, again: bool) -> Tensor:
+        """What a recipe makes, kept as long as it is the last and will be
+        asked for again."""
+        last = self._made
+        if last is not None and last[0] is recipe:
+            value = last[1]
+        else:
+            self._made = None  # before there is another
+            with torch.no_grad():
+                value = _plainly(recipe)
+        self._made = (recipe, value) if again else None
+        return value
+
+    def forget(self, recipe: Recipe) -> None:
+        """Drop what is kept of what a recipe has made."""
+        if self._made is not None and self._made[0] is recipe:
+            self._made = None
+
+
+def _unpack(kept: Kept) -> Tensor:
+    return kept.tensor()
+
+
+def _plainly(recipe: Recipe) -> Tensor:
+    """Compute, whatever autocast would make of it."""
+    kinds = [kind for kind in ('cpu', 'cuda') if is_autocast_enabled(kind)]
+    if not kinds:
+        return recipe.compute()
+    off: List[ContextManager] = [torch.autocast(k, enabled=False) for k in kinds]
+    for context in off:
+        context.__enter__()
+    try:
+        return recipe.compute()
+    finally:
+        for context in off:
+            context.__exit__(None, None, None)
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tells a storage from others as long as it lives."""
+    return tensor.untyped_storage()._cdata
+
+
+def _is_part(tensor: Tensor, base: Tensor, key: int) -> bool:
+    """Whether a tensor of the storage ``key`` is ``base``, or a view of it, whose
+    values are its."""
+    return (
+        type(tensor) is Tensor
+        and tensor.dtype == base.dtype
+        and not tensor.is_neg()
+        and storage_of(base) == key
+    )
+
+
+class _Stack(threading.local):
+    region: Optional[Region] = None
+
+
+_stack = _Stack()
+_lock = threading.Lock()
+#: How many regions are open, of all threads: nothing is asked where none is.
+watching = 0
+
+
+def current() -> Optional[Region]:
+    """The region that is open in this thread."""
+    return _stack.region
