@@ -22,7 +22,7 @@ class RecomputeActivationsHook(Hook):
     activations behind it, nor standardized weights: the backward pass computes
     them again, each in one elementwise pass, from what the layers keep anyway.
     Losses, gradients and buffers stay as they are. See
-    :func:`bcn_mm.recompute_activations` for what it covers, and
+    :func:`bcn_mm.layers.recompute_activations` for what it covers, and
     ``docs/guides/memory_and_speed.md`` for what it saves.
 
     It goes with AMP, gradient accumulation, distributed training, and activation

@@ -31,11 +31,11 @@ def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
     Of a BCN both follow from what the layer keeps anyway, in one elementwise pass:
     ``y = act(A x + B)``. From the next forward pass of ``model`` on they are not
     kept, but computed again, to the same bits. That is so for outputs of
-    :class:`~bcn_mm.BCN`, with or without an activation (ReLU, ReLU6, LeakyReLU,
+    :class:`~bcn_mm.layers.BCN`, with or without an activation (ReLU, ReLU6, LeakyReLU,
     SiLU, GELU, Hardswish; a module or a function, in place or not), for views of
     them, for their sums with what is kept anyway and activations of these (of the
     residual blocks of a stage two in three, so that no more than two sums are
-    computed for one), and for the weights of :class:`~bcn_mm.WSConv2d` in their own
+    computed for one), and for the weights of :class:`~bcn_mm.layers.WSConv2d` in their own
     precision. Everything else is kept as ever, and so is what something else writes
     into.
 
