@@ -35,9 +35,9 @@ def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
     SiLU, GELU, Hardswish; a module or a function, in place or not), for views of
     them, for their sums with what is kept anyway and activations of these (of the
     residual blocks of a stage two in three, so that no more than two sums are
-    computed for one), and for the weights of :class:`~bcn_mm.layers.WSConv2d` in their own
-    precision. Everything else is kept as ever, and so is what something else writes
-    into.
+    computed for one), and for the weights of :class:`~bcn_mm.layers.WSConv2d` in
+    their own precision. Everything else is kept as ever, and so is what something
+    else writes into.
 
     What ``torch.utils.checkpoint`` repeats keeps nothing, and goes on doing so. A
     model that ``torch.compile`` has compiled is left alone, with a warning.
