@@ -14,8 +14,9 @@ from support import reference
 from support.operands import LAYOUTS
 
 from bcn_mm.ops import stages
+from bcn_mm.ops.estimates import Rule, Running
 from bcn_mm.ops.kernels import BACKENDS, eager, kernels_for, native
-from bcn_mm.ops.stages import Affine, Batch, Spec
+from bcn_mm.ops.stages import Affine, Batch, Moments, Spec
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 # the mean of values that vary by 1: as far from 0 as the dtype tells them apart
@@ -285,6 +286,30 @@ def test_relu_inside_is_one_behind(kernels, dtype, layout, shape, far, estimate)
         rtol=4 * torch.finfo(dtype).eps,
         atol=tight['atol'],
     )
+
+
+@every_backend
+@every_layout
+@every_case
+@pytest.mark.parametrize('relu', [False, True])
+def test_a_pass_is_made_again(kernels, dtype, layout, shape, far, relu):
+    """Bit for bit, of what it wrote down."""
+    x = draw(shape, dtype, layout, FAR[dtype] if far else 1.0)
+    moments, batch, affine, spec = operands(kernels, x)
+    if not kernels.fused:
+        y = kernels.normalize(x, moments, batch, affine, spec._replace(relu=relu))
+        coef = stages.forward(moments, batch, affine, spec)
+    else:
+        coef = x.new_full((2, *x.shape[:2]), float('nan'), dtype=moments.mean.dtype)
+        running = Running(batch.mean, batch.inv_std.square(), torch.tensor(0))
+        rule = Rule(True, True, 0.1, 'identity', spec.eps)
+        plain = kernels.forward(x, running, rule, affine, spec, coef=coef)
+        n, c = x.shape[:2]
+        mean, var = plain[1][0][: 2 * n * c].view(2, n, c).unbind()
+        moments = Moments(mean, var)
+        y = plain[0].relu() if relu else plain[0]
+    again = kernels.apply(x, moments, *coef, relu)
+    assert torch.equal(again, y) and again.stride() == y.stride()
 
 
 @every_backend
