@@ -7,7 +7,6 @@ import torch
 from conftest import ROOT
 from test_train_test import CONFIGS, QUIET, SHORT, checkpoints
 
-from bcn_mm import RecomputeActivationsHook
 from bcn_mm.weights.reading import read_checkpoint
 
 pytestmark = pytest.mark.slow
@@ -61,9 +60,3 @@ def test_the_same_training(task, shapes, tmp_path, python):
     (line,) = re.findall('RecomputeActivationsHook: (.*)', shown)
     spared, of = map(int, re.match(r'(\d+) MiB of (\d+) ', line).groups())
     assert 0.2 * of < spared < of
-
-
-def test_by_itself_it_has_no_state():
-    hook = RecomputeActivationsHook()
-    hook.after_train_iter(None, 0)
-    hook.after_train(None)

@@ -104,6 +104,7 @@ def test_operators_are_what_they_say(training):
     affine = [torch.randn(n) for n in (4, 4, 2, 2)]
     forward = (x, mean, var, count, *affine, 2, 1e-5, False)
     forward += (training, True, 0.1, 'first', torch.zeros(2, 4).double(), False)
+    forward += (torch.zeros(2, 2, 4),)
     saved = ops.forward(*forward)[1]
     rows = torch.randn(5, 2, 4)
     weight = torch.randn(4, 3, 2, 2)
@@ -112,7 +113,7 @@ def test_operators_are_what_they_say(training):
         forward=forward,
         backward=(dy, x, saved, *affine, 2, 1e-5, False, True, True),
         moments=(x,),
-        apply=(x, *rows[:3]),
+        apply=(x, *rows[:3], True),
         reduce=(dy, x, rows[0]),
         apply_add=(dy, x, *rows),
         standardize=(weight, 1e-5, True, False),
