@@ -14,7 +14,7 @@ from support import reference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from bcn_mm import BCN, WSConv2d
+from bcn_mm import BCN, WSConv2d, recompute_activations
 from bcn_mm.ops import DIALECTS, standardize_weight
 from bcn_mm.ops.kernels import BACKENDS, kernels_for
 
@@ -292,6 +292,53 @@ def test_cuda_graphs():
         net[0].weight.add_(1e-2 * torch.randn_like(net[0].weight))
         graph.replay()
         torch.testing.assert_close(y, net(x))
+
+
+@pytest.mark.parametrize('low', [None, torch.float16])
+@pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
+def test_recomputed_activations(low, layout):
+    """To the same bits as without, in less memory."""
+
+    class Block(nn.Sequential):
+        def forward(self, x):
+            out = super().forward(x)
+            out += x
+            return nn.functional.relu(out, inplace=True)
+
+    def block():
+        return Block(
+            WSConv2d(64, 64, 3, padding=1),
+            BCN(64),
+            nn.ReLU(inplace=True),
+            WSConv2d(64, 64, 1),
+            BCN(64),
+        )
+
+    def train(recompute):
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            nn.Conv2d(3, 64, 3, padding=1), BCN(64), nn.ReLU(), block(), block()
+        ).to(CUDA, memory_format=layout)
+        if recompute:
+            recompute_activations(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        values, kept = [], 0
+        for _ in range(3):
+            x = torch.randn(2, 3, 96, 64, device=CUDA).to(memory_format=layout)
+            before = torch.cuda.memory_allocated()
+            with torch.autocast('cuda', low, enabled=low is not None):
+                loss = net(x).float().square().mean()
+            kept = torch.cuda.memory_allocated() - before
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            values += [loss, *(p.grad.clone() for p in net.parameters())]
+        return values + list(net.state_dict().values()), kept
+
+    with torch.backends.cudnn.flags(deterministic=True):
+        (want, without), (got, kept) = train(False), train(True)
+    assert all(map(torch.equal, got, want))
+    assert kept < 0.8 * without
 
 
 @pytest.mark.slow
