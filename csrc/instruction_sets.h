@@ -51,6 +51,7 @@ template <class T> struct Passes {
   void (*reduce)(
       const T*, const T*, int64_t, int64_t, const Acc<T>*, const Acc<T>*,
       const Acc<T>*, double*, double*);
+  void (*add)(T*, const T*, int64_t);
   void (*apply_add)(
       const T*, const T*, T*, int64_t, int64_t, const Gradient<Acc<T>>&);
 };

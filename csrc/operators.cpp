@@ -52,7 +52,7 @@ void moved(const Tensor& t) {
 void check_alike(const Tensor& dy, const Tensor& x) {
   TORCH_CHECK(
       is_alike(dy, x),
-      "expected a gradient of the dtype, shape and layout of the input");
+      "expected a tensor of the dtype, shape and layout of the input");
 }
 
 std::tuple<Tensor, Tensor> forward(
@@ -147,8 +147,9 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x) {
 
 Tensor apply(
     const Tensor& x, const Tensor& mean, const Tensor& scale, const Tensor& at_mean,
-    bool relu) {
+    bool relu, const MaybeTensor& other) {
   const Shape s(x, 1);
+  if (other) check_alike(*other, x);
   Tensor y = at::empty_like(x);
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
@@ -156,7 +157,8 @@ Tensor apply(
     all_apply<T>(
         s, static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu,
         data_of<A>(mean, s.rows()), data_of<A>(scale, s.rows()),
-        data_of<A>(at_mean, s.rows()));
+        data_of<A>(at_mean, s.rows()),
+        other ? static_cast<const T*>(other->data_ptr()) : nullptr);
   });
   return y;
 }
@@ -226,7 +228,8 @@ std::tuple<Tensor, Tensor> fake_reduce(const Tensor&, const Tensor& x, const Ten
 }
 
 Tensor fake_apply(
-    const Tensor& x, const Tensor&, const Tensor&, const Tensor&, bool) {
+    const Tensor& x, const Tensor&, const Tensor&, const Tensor&, bool,
+    const MaybeTensor&) {
   return at::empty_like(x);
 }
 
@@ -252,7 +255,8 @@ TORCH_LIBRARY(bcn_mm_cpu, m) {
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("moments(Tensor x) -> (Tensor, Tensor)");
   m.def(
-      "apply(Tensor x, Tensor mean, Tensor scale, Tensor at_mean, bool relu) -> Tensor");
+      "apply(Tensor x, Tensor mean, Tensor scale, Tensor at_mean, bool relu, "
+      "Tensor? other) -> Tensor");
   m.def("reduce(Tensor dy, Tensor x, Tensor mean) -> (Tensor, Tensor)");
   m.def(
       "apply_add(Tensor dy, Tensor x, Tensor dy_mean, Tensor mean, Tensor dy_scale, "

@@ -20,13 +20,15 @@
 template <class T> Passes<T> passes(bool columns, bool relu) {
   if (columns)
     return relu ? Passes<T>{column_moments<T>, column_apply<T, true>,
-                            column_reduce<T, true>, column_apply_add<T, true>}
+                            column_reduce<T, true>, add<T, true>,
+                            column_apply_add<T, true>}
                 : Passes<T>{column_moments<T>, column_apply<T, false>,
-                            column_reduce<T, false>, column_apply_add<T, false>};
-  return relu ? Passes<T>{row_moments<T>, row_apply<T, true>,
-                          row_reduce<T, true>, row_apply_add<T, true>}
-              : Passes<T>{row_moments<T>, row_apply<T, false>,
-                          row_reduce<T, false>, row_apply_add<T, false>};
+                            column_reduce<T, false>, add<T, false>,
+                            column_apply_add<T, false>};
+  return relu ? Passes<T>{row_moments<T>, row_apply<T, true>, row_reduce<T, true>,
+                          add<T, true>, row_apply_add<T, true>}
+              : Passes<T>{row_moments<T>, row_apply<T, false>, row_reduce<T, false>,
+                          add<T, false>, row_apply_add<T, false>};
 }
 
 template <class A> Algebra<A> algebra(int64_t depth) {

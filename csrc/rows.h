@@ -105,6 +105,32 @@ TARGET void row_apply(
   }
 }
 
+template <class T, bool relu> INLINE V<T> sum(V<T> a, V<T> b) {
+  const V<T> s = a + b;
+  return relu ? through_relu(s, s) : s;
+}
+
+// y += other, and a ReLU of that
+template <class T, bool relu>
+TARGET void add(T* y, const T* other, int64_t n) {
+  constexpr int w = W<T>;
+  int64_t i = 0;
+  for (; i + 2 * w <= n; i += 2 * w) {
+    V<T> a[2], b[2];
+    load_pair(y + i, a[0], a[1]);
+    load_pair(other + i, b[0], b[1]);
+    store_pair(y + i, sum<T, relu>(a[0], b[0]), sum<T, relu>(a[1], b[1]));
+  }
+  for (; i < n; i += w) {
+    const int64_t m = std::min<int64_t>(w, n - i);
+    T left[W<T>] = {}, right[W<T>] = {};
+    std::copy_n(y + i, m, left);
+    std::copy_n(other + i, m, right);
+    store(left, sum<T, relu>(load(left), load(right)));
+    std::copy_n(left, m, y + i);
+  }
+}
+
 // Sums of dy and of dy (x - mean)
 template <class T, bool relu>
 TARGET void row_reduce(

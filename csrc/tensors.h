@@ -241,10 +241,23 @@ void all_sums(
 template <class T>
 void all_apply(
     const Shape& s, const T* x, T* y, bool relu, const Acc<T>* mean,
-    const Acc<T>* scale, const Acc<T>* at_mean) {
-  const auto pass = passes<T>(s.columns, relu);
+    const Acc<T>* scale, const Acc<T>* at_mean, const T* other = nullptr) {
+  const auto pass = passes<T>(s.columns, relu && !other);
+  const auto sum = passes<T>(s.columns, relu).add;
   share_parts(s, [&](int64_t row, int64_t count, int64_t length, int64_t at, int64_t) {
-    pass.apply(x + at, y + at, count, length, mean + row, scale + row, at_mean + row);
+    if (!other)
+      return pass.apply(
+          x + at, y + at, count, length, mean + row, scale + row, at_mean + row);
+    // a portion at a time, of which y is at hand for the sum
+    const int64_t whole = s.columns ? length : count, across = s.columns ? count : length;
+    const int64_t step = std::max<int64_t>(1, kSerial / across);
+    for (int64_t i = 0; i < whole; i += step, at += step * across) {
+      const int64_t part = std::min(step, whole - i), first = row + (s.columns ? 0 : i);
+      pass.apply(
+          x + at, y + at, s.columns ? count : part, s.columns ? part : length,
+          mean + first, scale + first, at_mean + first);
+      sum(y + at, other + at, part * across);
+    }
   });
 }
 

@@ -21,6 +21,7 @@ _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 # How many passes are looked at for activations that are no modules.
 _WATCHED = 5
 _CALL = module_call.__code__
+_LOOKED_AT = {*ACTIVATIONS, *ADDITIONS}
 
 
 def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
@@ -188,20 +189,21 @@ class _Activations(TorchFunctionMode):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        # a tensor that is named is left alone
+        if func not in _LOOKED_AT or not args:
+            return func(*args, **kwargs)
 
         def compute() -> Any:
             return func(*args, **kwargs)
 
-        arguments_of = ACTIVATIONS.get(func)
-        # a tensor that is named is left alone
-        if arguments_of is not None and args:
-            if self.region.find(args[0]) is None:
-                return compute()
-            self._tell_owner()
-            activation = arguments_of(*args[1:], **kwargs)
-            return self.region.activate(args[0], activation, compute)
-        adds = func in ADDITIONS and len(args) == 2 and not kwargs
-        if adds and any(self.region.find(x) is not None for x in args):
+        if func in ACTIVATIONS:
+            if self.region.find(args[0]) is not None:
+                self._tell_owner()
+                activation = ACTIVATIONS[func](*args[1:], **kwargs)
+                return self.region.activate(args[0], activation, compute)
+            return compute()
+        plain = len(args) == 2 and not kwargs
+        if plain and any(self.region.find(x) is not None for x in args):
             self._tell_owner()
             return self.region.add(*args, compute)
         return compute()

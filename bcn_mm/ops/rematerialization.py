@@ -23,7 +23,7 @@ from typing import (
     Tuple,
     Union,
 )
-from weakref import WeakValueDictionary, ref
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -82,11 +82,9 @@ class NormRecipe(Recipe):
         mean, var = saved[: 2 * n * c].view(2, n, c).unbind()
         self.moments = Moments(mean, var)
 
-    def compute(self, relu: bool = False) -> Tensor:
+    def compute(self, relu: bool = False, other: Optional[Tensor] = None) -> Tensor:
         assert self.moments is not None
-        x = self.x.tensor()
-        scale, at_mean = self.coef
-        return self.kernels.apply(x, self.moments, scale, at_mean, relu)
+        return self.kernels.apply(self.x.tensor(), self.moments, self.coef, relu, other)
 
 
 class WeightRecipe(Recipe):
@@ -121,7 +119,7 @@ class ActivationRecipe(Recipe):
         self.function = function
 
     def compute(self) -> Tensor:
-        if self.function.is_relu and isinstance(self.source, NormRecipe):
+        if self.function.is_relu and isinstance(self.source, (NormRecipe, SumRecipe)):
             return self.source.compute(relu=True)
         return self.function.within(self.source.compute())
 
@@ -135,10 +133,13 @@ class SumRecipe(Recipe):
         self.first = first
         self.second = second
 
-    def compute(self) -> Tensor:
-        second = self.second
+    def compute(self, relu: bool = False) -> Tensor:
+        first, second = self.first, self.second
         other = second.compute() if isinstance(second, Recipe) else second.tensor()
-        return self.first.compute().add_(other)
+        if isinstance(first, NormRecipe):
+            return first.compute(relu, other)
+        result = first.compute().add_(other)
+        return result.relu_() if relu else result
 
 
 # -- sums and activations -------------------------------------------------------------
@@ -356,8 +357,8 @@ class Region:
         self.kept: Dict[int, int] = {}
         self.is_open = False
         self._living: Dict[int, _Living] = {}
-        # what is kept without a recipe, by storage
-        self._held: WeakValueDictionary[int, Kept] = WeakValueDictionary()
+        # what was last kept without a recipe, by storage
+        self._held: Dict[int, ref[Kept]] = {}
         self._pending: Optional[_Pending] = None
         self._made: Optional[Tuple[Recipe, Tensor]] = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
@@ -478,7 +479,8 @@ class Region:
         living = self._living.get(key)
         if living and living.tensor() is tensor and living.version == version:
             return living.recipe
-        kept = self._held.get(key)
+        held = self._held.get(key)
+        kept = held() if held is not None else None
         return kept if kept is not None and kept.holds(tensor, version) else None
 
     # -- what autograd asks --------------------------------------------------
@@ -491,7 +493,7 @@ class Region:
         if self.counts:
             self.kept[key] = tensor.untyped_storage().nbytes()
         if living is None:
-            self._held[key] = kept
+            self._held[key] = ref(kept)
             if pending is not None:
                 pending.unknown.append(kept)
             return kept
@@ -508,7 +510,7 @@ class Region:
                 # what an activation has just written over its argument
                 self._spare(kept, pending.recipe, base.stride())
                 return kept
-        self._held[key] = kept
+        self._held[key] = ref(kept)
         return kept
 
     def _spare(self, kept: Kept, recipe: Recipe, strides: Tuple[int, ...]) -> None:

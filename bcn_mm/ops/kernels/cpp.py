@@ -16,7 +16,7 @@ from torch import Tensor
 from ..estimates import Rule, Running, counted
 from ..layout import dense, in_layout_of
 from ..stages import Affine, InputGradient, Moments, Spec
-from .eager import Eager
+from .eager import Coefficients, Eager
 
 _FOLDER = Path(__file__).parent
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -145,10 +145,17 @@ class Cpp(Eager):
         return Moments(mean, var, False)
 
     def apply(
-        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
+        self,
+        x: Tensor,
+        moments: Moments,
+        coef: Coefficients,
+        relu: bool = False,
+        other: Optional[Tensor] = None,
     ) -> Tensor:
-        rows = (t.contiguous() for t in (moments.mean, scale, at_mean))
-        return _operators().apply(x, *rows, relu)
+        rows = (t.contiguous() for t in (moments.mean, *coef))
+        if other is not None:
+            other = in_layout_of(other, x)
+        return _operators().apply(x, *rows, relu, other)
 
     def _reduce(self, dy: Tensor, x: Tensor, mean: Tensor) -> Tuple[Tensor, Tensor]:
         return _operators().reduce(dy, x, mean.contiguous())

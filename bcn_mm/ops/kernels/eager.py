@@ -7,7 +7,7 @@ the layout of ``x``. What a backend overrides is either the four functions or
 the passes that they are made of.
 """
 
-from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Iterator, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from ..stages import Affine, Batch, InputGradient, Moments, Spec, Sums
 if TYPE_CHECKING:
     from ..estimates import Rule, Running
 
+#: Scale and at_mean, (N, C) each, as one tensor or two.
+Coefficients = Union[Tensor, Tuple[Tensor, Tensor]]
 # Elements that may be copied at once: 64 MiB of float32.
 _PORTION = 1 << 24
 
@@ -78,20 +80,34 @@ class Eager:
     ) -> Tensor:
         """Both stages: a fresh tensor of the shape, dtype and layout of x."""
         coef = stages.forward(moments, batch, affine, spec)
-        return self.apply(x, moments, *coef, spec.relu)
+        return self.apply(x, moments, coef, spec.relu)
 
     def apply(
-        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
+        self,
+        x: Tensor,
+        moments: Moments,
+        coef: Coefficients,
+        relu: bool = False,
+        other: Optional[Tensor] = None,
     ) -> Tensor:
         """What :meth:`normalize` makes of the result of :func:`.stages.forward`.
 
         Equal, bit for bit, for equal arguments: a pass is computed again from
         what it wrote down.
+
+        Args:
+            coef (Tensor or tuple): scale and at_mean of every row.
+            relu (bool): Whether a ReLU is the last. Default: False.
+            other (Tensor, optional): Of the shape and dtype of x; is added before
+                the ReLU.
         """
+        scale, at_mean = coef
         if _has_single_values(x):
             y = torch.empty_like(x).copy_(at_mean.view(x.shape))
         else:
             y = self._apply(x, moments, scale, at_mean)
+        if other is not None:
+            y.add_(other)
         return y.relu_() if relu else y
 
     def _through_relu(

@@ -29,7 +29,7 @@ from .. import estimates, stages
 from .._compat import increment_version
 from ..layout import dense, in_layout_of
 from ..stages import Affine, Batch, Moments, Spec, Sums
-from .eager import Eager
+from .eager import Coefficients, Eager
 from .trial import disagreement, said
 from .triton_plan import Plan, ceil_div, filter_plan, group_plan, plan
 
@@ -185,7 +185,7 @@ class Triton(Eager):
             launch('moments', cut.chunk_programs, *args)
             args = parts, stats, coef, *tensors, *sizes, *numbers, *how, *tile
             launch('stages', groups * ceil_div(n, portion), *args)
-            args = x, y, stats, coef, cut.rows, *cut.tiled, spec.relu
+            args = x, None, y, stats, coef, cut.rows, *cut.tiled, spec.relu
             launch('apply', cut.tile_programs, *args)
         if moves:
             for buffer, moved in zip(running[:2], (mean, var)):
@@ -252,14 +252,23 @@ class Triton(Eager):
         return Moments(mean, var)
 
     def apply(
-        self, x: Tensor, moments: Moments, scale: Tensor, at_mean: Tensor, relu: bool
+        self,
+        x: Tensor,
+        moments: Moments,
+        coef: Coefficients,
+        relu: bool = False,
+        other: Optional[Tensor] = None,
     ) -> Tensor:
         cut, mean = _plan_of(x), moments.mean.contiguous()
-        coef = torch.stack((scale, at_mean))
+        if not isinstance(coef, Tensor):
+            coef = torch.stack(coef)
+        if other is not None:
+            other = in_layout_of(other, x)
         y = torch.empty_like(x)
+        key = _key('apply', (x, mean, coef, other), cut, relu)
         with _on_device_of(x):
-            args = x, y, mean, coef, cut.rows, *cut.tiled, relu
-            self._launcher(None)('apply', cut.tile_programs, *args)
+            args = x, other, y, mean, coef, cut.rows, *cut.tiled, relu
+            self._launcher(key)('apply', cut.tile_programs, *args)
         return y
 
     def backward_reduce(

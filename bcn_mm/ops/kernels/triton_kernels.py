@@ -158,6 +158,7 @@ def reduce_kernel(
 @triton.jit(do_not_specialize=['R', 'T'])
 def apply_kernel(
     x,
+    other,
     y,
     stats,
     coef,
@@ -170,7 +171,7 @@ def apply_kernel(
     BL: tl.constexpr,
     RELU: tl.constexpr,
 ):
-    """``scale (x - mean) + at_mean``, of a tile."""
+    """``scale (x - mean) + at_mean``, plus another tensor, of a tile."""
     n, c, c_ok, t = _place(C, T, BR)
     at = t * BL + tl.arange(0, BL)
     ok = c_ok[:, None] & (at < L)[None, :]
@@ -181,6 +182,9 @@ def apply_kernel(
     at_mean = tl.load(coef + R + row, mask=c_ok, other=0.0)[:, None]
     value = tl.load(x + tile, mask=ok, other=0.0).to(tl.float32) - mean
     value = value * scale + at_mean
+    if other is not None:
+        value = value.to(y.dtype.element_ty).to(tl.float32)
+        value += tl.load(other + tile, mask=ok, other=0.0).to(tl.float32)
     if RELU:
         value = tl.where(value <= 0, 0.0, value)
     tl.store(y + tile, value.to(y.dtype.element_ty), mask=ok)

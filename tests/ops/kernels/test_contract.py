@@ -308,8 +308,16 @@ def test_a_pass_is_made_again(kernels, dtype, layout, shape, far, relu):
         mean, var = plain[1][0][: 2 * n * c].view(2, n, c).unbind()
         moments = Moments(mean, var)
         y = plain[0].relu() if relu else plain[0]
-    again = kernels.apply(x, moments, *coef, relu)
+    again = kernels.apply(x, moments, coef, relu)
     assert torch.equal(again, y) and again.stride() == y.stride()
+    other = torch.randn_like(x)
+    want = kernels.apply(x, moments, coef) + other
+    if INTERPRETED and dtype == torch.bfloat16:  # which it cuts off, and never rounds
+        want = kernels.apply(x, moments, coef).float() + other.float()
+        want = (want.view(torch.int32) & -(1 << 16)).view(torch.float32).to(dtype)
+    summed = kernels.apply(x, moments, coef, relu, other)
+    assert torch.equal(summed, want.relu() if relu else want)
+    assert summed.stride() == y.stride()
 
 
 @every_backend

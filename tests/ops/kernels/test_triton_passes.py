@@ -410,7 +410,7 @@ def test_agrees_with_the_plain_path(dtype):
 
 @pytest.mark.parametrize(
     'name, argument, what',
-    [('apply', 1, 'y'), ('gradients', 4, 'the gradient of'), ('gradient', 2, 'dx')],
+    [('apply', 2, 'y'), ('gradients', 4, 'the gradient of'), ('gradient', 2, 'dx')],
 )
 def test_a_wrong_kernel_is_found_out(monkeypatch, name, argument, what):
     kernel = getattr(triton._kernels(), f'{name}_kernel')
