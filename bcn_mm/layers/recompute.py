@@ -15,7 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..ops import recomputation
 from ..ops._compat import ALWAYS_CALL, module_call
-from ..ops.rematerialization import ACTIVATIONS, ADDITIONS, Region, storage_of
+from ..ops.recipes import ACTIVATIONS, ADDITIONS
+from ..ops.rematerialization import Region, storage_of
 
 _ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.SiLU, nn.GELU, nn.Hardswish)
 # How many passes are looked at for activations that are no modules.

@@ -22,7 +22,7 @@ from ._compat import is_autocast_enabled, is_compiling, is_transforming, uncompi
 from .estimates import Rule, Running, batch_of, repeated_by_others, unmoving
 from .kernels import Eager, is_empty, kernels_for
 from .layout import compute_dtype, dense, in_layout_of, to_dtype
-from .rematerialization import NormRecipe
+from .recipes import NormRecipe
 from .stages import Affine, Batch, Moments, Spec
 
 

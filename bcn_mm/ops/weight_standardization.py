@@ -10,6 +10,7 @@ from . import recomputation, rematerialization
 from ._compat import is_compiling, is_transforming
 from .kernels import Eager, kernels_for
 from .portable import exporting
+from .recipes import WeightRecipe
 
 #: The divisor of each dialect, over the K = in/groups * prod(kernel) weights
 #: of one output channel, as ``dialect: (unbiased variance, eps under root)``.
@@ -122,7 +123,7 @@ def _follow(
     def standardize(weight: Tensor) -> Tensor:
         return kernels.standardize(weight, eps, *DIALECTS[dialect])[0]
 
-    recipe = rematerialization.WeightRecipe(standardize, weight, region.pack)
+    recipe = WeightRecipe(standardize, weight, region.pack)
     region.follow(result, recipe)
 
 
