@@ -113,7 +113,7 @@ def test_operators_are_what_they_say(training):
         forward=forward,
         backward=(dy, x, saved, *affine, 2, 1e-5, False, True, True),
         moments=(x,),
-        apply=(x, *rows[:3], True),
+        apply=(x, *rows[:3], True, dy),
         reduce=(dy, x, rows[0]),
         apply_add=(dy, x, *rows),
         standardize=(weight, 1e-5, True, False),
