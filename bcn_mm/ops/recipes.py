@@ -116,20 +116,34 @@ class ActivationRecipe(Recipe):
 
 
 class SumRecipe(Recipe):
-    """The sum of what a recipe makes and of what another makes, or is kept."""
+    """The sum of what a recipe makes and of what another makes, or is kept.
 
-    def __init__(self, first: Recipe, second: 'Union[Recipe, Kept]') -> None:
-        depths = [part.depth for part in (first, second) if isinstance(part, Recipe)]
+    Args:
+        first (Recipe): Makes the one.
+        second (Recipe or Kept): Makes or is the other.
+        part (callable): :meth:`Region.part`.
+    """
+
+    def __init__(
+        self,
+        first: Recipe,
+        second: 'Union[Recipe, Kept]',
+        part: Callable[[Recipe], Tensor],
+    ) -> None:
+        depths = [p.depth for p in (first, second) if isinstance(p, Recipe)]
         super().__init__(1 + max(depths))
+        if isinstance(second, NormRecipe) and not isinstance(first, NormRecipe):
+            first, second = second, first  # whose pass takes the other
         self.first = first
         self.second = second
+        self.part = part
 
     def compute(self, relu: bool = False) -> Tensor:
-        first, second = self.first, self.second
-        other = second.compute() if isinstance(second, Recipe) else second.tensor()
-        if isinstance(first, NormRecipe):
-            return first.compute(relu, other)
-        result = first.compute().add_(other)
+        second = self.second
+        other = self.part(second) if isinstance(second, Recipe) else second.tensor()
+        if isinstance(self.first, NormRecipe):
+            return self.first.compute(relu, other)
+        result = self.first.compute().add_(other)
         return result.relu_() if relu else result
 
 

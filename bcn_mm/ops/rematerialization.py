@@ -176,7 +176,9 @@ class Region:
         # what was last kept without a recipe, by storage
         self._held: Dict[int, ref[Kept]] = {}
         self._pending: Optional[_Pending] = None
+        # what a recipe has made that will be asked for again, and a part of it
         self._made: Optional[Tuple[Recipe, Tensor]] = None
+        self._made_part: Optional[Tuple[Recipe, Tensor]] = None
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, _unpack)
 
     # -- where it begins and ends --------------------------------------------
@@ -278,7 +280,7 @@ class Region:
             overwrites = self._part(a, version) is first
             if not overwrites or z._version != version + 1:
                 return z
-        recipe = SumRecipe(first, second)
+        recipe = SumRecipe(first, second, self.part)
         if recipe.depth <= _DEPTH:
             self.follow(z, recipe)
         return z
@@ -337,22 +339,41 @@ class Region:
                 self.spared += tensor.untyped_storage().nbytes()
 
     def made(self, recipe: Recipe, again: bool) -> Tensor:
-        """What a recipe makes, kept as long as it is the last and will be
-        asked for again."""
-        last = self._made
-        if last is not None and last[0] is recipe:
-            value = last[1]
-        else:
-            self._made = None  # before there is another
+        """What a recipe makes, kept as long as it is the last of those that will
+        be asked for again."""
+        value = self._at_hand(recipe)
+        if value is None:
+            if again:
+                self._made = None  # before there is another
             with torch.no_grad():
                 value = _plainly(recipe)
-        self._made = (recipe, value) if again else None
+        self.forget(recipe)
+        if again:
+            self._made = recipe, value
         return value
+
+    def part(self, recipe: Recipe) -> Tensor:
+        """What a recipe makes as a part of another, kept as long as it is the
+        last such part and will be asked for itself."""
+        value = self._at_hand(recipe)
+        if value is None:
+            value = recipe.compute()
+            if recipe.awaited:
+                self._made_part = recipe, value
+        return value
+
+    def _at_hand(self, recipe: Recipe) -> Optional[Tensor]:
+        for last in (self._made, self._made_part):
+            if last is not None and last[0] is recipe:
+                return last[1]
+        return None
 
     def forget(self, recipe: Recipe) -> None:
         """Drop what is kept of what a recipe has made."""
         if self._made is not None and self._made[0] is recipe:
             self._made = None
+        if self._made_part is not None and self._made_part[0] is recipe:
+            self._made_part = None
 
 
 def _unpack(kept: Kept) -> Tensor:

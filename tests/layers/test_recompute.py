@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from bcn_mm import BCN, SyncBCN, WSConv2d, recompute_activations
-from bcn_mm.ops import rematerialization
+from bcn_mm.ops import recipes, rematerialization
 
 ACTIVATIONS = {
     'relu': nn.ReLU,
@@ -94,7 +94,9 @@ def assert_same(net, x=X, step=None, steps=3):
     assert all(map(torch.equal, without, again))
     spared, kept = handle.measure(False)
     assert kept > 0
-    assert not handle._region._living and handle._region._made is None
+    region = handle._region
+    assert not region._living
+    assert region._made is None and region._made_part is None
     assert rematerialization.watching == 0
     return spared
 
@@ -384,6 +386,22 @@ def test_modules_that_are_met_late():
     assert handle.measure()[0] == 4 * X.numel()
 
 
+def test_parts_are_made_once(monkeypatch):
+    """A block's backward pass asks for the sum at its end, then for its input."""
+    made = []
+    compute = recipes.NormRecipe.compute
+
+    def counted(recipe, *args, **how):
+        made.append(recipe)
+        return compute(recipe, *args, **how)
+
+    monkeypatch.setattr(recipes.NormRecipe, 'compute', counted)
+    net = network(blocks=3)
+    with recompute_activations(net):
+        net(X).sum().backward()
+    assert len(made) == len(set(made)) > 6
+
+
 # -- what must not stay ------------------------------------------------------
 
 
@@ -431,7 +449,8 @@ def test_an_exception(where):
     assert refs and all(ref() is None for ref in refs)
     region = handle._region
     assert rematerialization.current() is None and not region.is_open
-    assert region._made is None and not region._living
+    assert region._made is None and region._made_part is None
+    assert not region._living
     net.zero_grad()
     assert_same_as_fresh(net)
 
