@@ -11,8 +11,10 @@ seed:
               head, whose image pooling has one value per channel
   photos      the quickstart's Mask R-CNN on photographs in COCO's layout, and its
               box AP on these very pictures: who optimizes
-  bn-weights  EfficientNet-Lite0 with BatchNorm's ImageNet weights on the street
-              scenes, norms in the place of its BatchNorms
+  bn-weights, det-bn-weights
+              EfficientNet-Lite0 with BatchNorm's ImageNet weights, norms in the
+              place of its BatchNorms: below an FCN head on the street scenes, and
+              below a Mask R-CNN's neck and heads on the shapes
 
 All runs of a task see the same number of images; those of digits are moved at
 random by up to a pixel. Runs that are done are kept, so that the same command
@@ -28,11 +30,11 @@ EliminationSingularityHook watches all but the digits: its logs, for
 plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the channels
 that was dead or near elimination at the end.
 
-Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws; for
-bn-weights bn-frozen, bn-trained, gn-placed, bcn-read, bcn-random. Arguments of the
+Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws; for the two
+of weights bn-frozen, bn-trained, gn-placed, bcn-read, bcn-random. Arguments of the
 layer may follow, as in bcn-ws,momentum=0.1,start=average. So may, on the digits,
 follow_lr=true, which scales BCN's momentum as the schedule scales the learning
-rate; and with bn-weights frozen=true (what leads to output stride 4),
+rate; and with the two of weights frozen=true (what leads to output stride 4),
 reading=plain (the channel stage begins with weight 1 and bias 0) and warmup=N
 (forward passes before the first step).
 
@@ -84,7 +86,7 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         type=int,
         metavar='N',
-        help='images per step (1 2 4 8 16; 1 for street, photos and bn-weights)',
+        help='images per step (digits, det and seg 1 2 4 8 16; others 1)',
     )
     parser.add_argument(
         '--rates',
@@ -98,7 +100,7 @@ def parse_args() -> argparse.Namespace:
         '--epochs',
         type=int,
         help='of every run (digits 30, det and seg 4, street 16, photos 24, '
-        'bn-weights 8)',
+        'bn-weights 8, det-bn-weights 4)',
     )
     parser.add_argument(
         '--shift',

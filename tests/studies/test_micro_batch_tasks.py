@@ -67,6 +67,20 @@ def test_bn_weights(train):
     assert 0 < result['error'] < 100 and 0 < result['held'] < 100
 
 
+@pytest.mark.slow
+def test_weights_below_a_detector(train):
+    backbone('BN')  # or skip
+    task, name = TASKS['det-bn-weights'], 'det-bn-weights'
+    result = train(Run(name, 'bcn-read,warmup=3', 1, 0, 1, 5, 0.003, held_out=2))
+    assert 0 < result['error'] <= 100 and 0 < result['held'] <= 100
+    # norms differ in the backbone alone
+    models = [
+        task.config(Run(name, norm, 1, 0, 1, 5, 0.003)).model for norm in task.norms
+    ]
+    assert len({str(model.pop('backbone')) for model in models}) == len(models)
+    assert len(set(map(str, models))) == 1
+
+
 def test_norms_in_the_place_of_trained_ones():
     frozen = backbone('BN', norm_eval=True).train()
     picture = torch.randn(1, 3, 64, 64)

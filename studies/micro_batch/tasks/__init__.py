@@ -3,8 +3,9 @@
 from .digits import Digits
 from .photos import Photos
 from .shapes import Detection, Segmentation
-from .street import BatchNormWeights, Street
+from .street import Street
 from .task import Extent, Run, Task
+from .weights import DetectionWeights, StreetWeights
 
 #: By name, in the order in which they are shown.
 TASKS = {
@@ -15,7 +16,8 @@ TASKS = {
         Segmentation(),
         Street(),
         Photos(),
-        BatchNormWeights(),
+        StreetWeights(),
+        DetectionWeights(),
     )
 }
 

