@@ -51,6 +51,8 @@ def _program(words, cwd, environment, output):
     config = importlib.import_module('mmengine.config.config')
     config.FormatCode = lambda text, **_: (text, True)
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # what the libraries said is not the program's
     for stream in (1, 2):
         os.dup2(file, stream)
     os.close(file)

@@ -2,15 +2,16 @@
 
 import json
 import re
+import subprocess
 import sys
-from importlib.metadata import distributions
 from pathlib import Path
 
 import mmdet
 import mmseg
 import pytest
-from conftest import run
+from conftest import ROOT, run
 from mmengine.config import Config
+from support.stacks import IS_FORK
 
 from bcn_mm.convert import read_config, to_bcn
 
@@ -144,6 +145,19 @@ def test_the_difference_is_one_that_patch_knows(tmp_path, python):
         assert any(x[:1] == sign and f"type='{norm}'" in x for x in lines)
 
 
+def test_what_a_source_prints_is_not_in_the_difference(tmp_path):
+    source = tmp_path / 'a.py'
+    source.write_text(f"_base_ = '{RETINA}'\nprint('heard')\n")
+    done = subprocess.run(
+        [sys.executable, TOOL, source, '-o', tmp_path / 'c.py', '--diff'],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and 'heard' in done.stderr
+    assert done.stdout.startswith(f'--- {source}') and 'heard' not in done.stdout
+
+
 def test_a_list_shows_what_was_added_and_a_pipe_folds_nothing(tmp_path, python):
     source = tmp_path / 'a.py'
     source.write_text(
@@ -225,7 +239,7 @@ def test_converted_retinanet_runs_with_mmdets_tools(real_data, tmp_path, python)
 
 
 @pytest.mark.skipif(
-    any(d.metadata['Name'] == 'onedl-mmengine' for d in distributions()),
+    IS_FORK,
     reason="the fork's mmengine does not find mmseg:: before bcn_mm is imported",
 )
 @pytest.mark.real_data

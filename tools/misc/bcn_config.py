@@ -14,6 +14,7 @@ import os.path as osp
 import sys
 import warnings
 from collections import Counter
+from contextlib import redirect_stdout
 from typing import Any, List, Optional, Sequence, Tuple
 
 from mmengine.config import Config
@@ -175,7 +176,8 @@ def main() -> None:
     if not console.is_terminal and not os.environ.get('COLUMNS'):
         console.width = 10_000  # a pipe folds nothing
     warnings.simplefilter('ignore')
-    with one_line_errors():
+    # stdout is the result's alone; configs and packages may print as they are read
+    with one_line_errors(), redirect_stdout(sys.stderr):
         if not args.out.endswith('.py'):
             raise InputError(f'--out must be a .py file, but got {args.out}')
         if args.keep_epochs and args.batch_size is None:
