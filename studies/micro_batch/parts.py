@@ -41,8 +41,8 @@ class EfficientNetLite0(BaseModule):
         reading (str): ``'restored'`` leaves BCN's channel stages as they are
             read, ``'plain'`` sets them to weight 1 and bias 0. Default:
             ``'restored'``.
-        strides (sequence[int]): Of the outputs, out of 4, 8 and 16. Default: 16
-            alone.
+        strides (sequence[int]): Of the outputs, out of 4, 8 and 16, ascending.
+            Default: 16 alone.
 
     Shape:
         - Input: (N, 3, H, W), less 127 and divided by 128, RGB.
