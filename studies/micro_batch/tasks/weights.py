@@ -85,7 +85,7 @@ class DetectionWeights(Weights, Detection):
 
     name = 'det-bn-weights'
     title = 'shapes, Mask R-CNN, ImageNet weights of BN'
-    full = Extent(4, Weights.norms, images=(1,))
+    full = Extent(2, Weights.norms, images=(1,))
     rate = 0.01
     step_cost, image_cost = 0.05, 0.3
 
