@@ -216,7 +216,10 @@ def _cell(row: dict) -> str:
     text += f' ({row["seeds"]})'
     if len(row['tried']) > 1:
         close = [f'{rate:g}' for rate in row['close']]
-        text += f', at {row["rate"]:g} of {len(row["tried"])} rates'
+        # where a rate beyond it might have been better still
+        ends = {row['tried'][0]: ', the lowest', row['tried'][-1]: ', the highest'}
+        end = ends.get(row['rate'], '')
+        text += f', at {row["rate"]:g}{end} of {len(row["tried"])} rates'
         text += f', as good {" ".join(close)}'
     if row['near'] is not None:
         text += f', near {row["near"]:.1f}%'
