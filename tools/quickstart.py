@@ -223,7 +223,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--compare',
         action='store_true',
-        help='train GN + WS and BN by the same recipe too',
+        help='train GN + WS and BN too',
     )
     parser.add_argument(
         '--quick',
