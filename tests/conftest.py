@@ -54,11 +54,10 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _default_scope():
-    """No test builds in the scope that another one left behind."""
-    before = DefaultScope._instance_dict.copy()
+    """No test builds in the scope that another one, or a fixture, left behind."""
+    DefaultScope._instance_dict.clear()
     yield
     DefaultScope._instance_dict.clear()
-    DefaultScope._instance_dict.update(before)
 
 
 @pytest.fixture(scope='session')
