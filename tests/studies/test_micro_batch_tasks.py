@@ -60,9 +60,10 @@ def backbone(norm, **settings):
 
 
 @pytest.mark.slow
-def test_bn_weights(train):
+@pytest.mark.parametrize('task', ['bn-weights', 'bn-weights-small'])
+def test_bn_weights(task, train):
     backbone('BN')  # or skip
-    run = Run('bn-weights', 'bcn-read,warmup=3', 1, 0, 1, 5, 0.003, held_out=2)
+    run = Run(task, 'bcn-read,warmup=3', 1, 0, 1, 5, 0.003, held_out=2)
     result = train(run)
     assert 0 < result['error'] < 100 and 0 < result['held'] < 100
 

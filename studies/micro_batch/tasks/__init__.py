@@ -5,7 +5,7 @@ from .photos import Photos
 from .shapes import Detection, Segmentation
 from .street import Street
 from .task import Extent, Run, Task
-from .weights import DetectionWeights, StreetWeights
+from .weights import DetectionWeights, SmallCropWeights, StreetWeights
 
 #: By name, in the order in which they are shown.
 TASKS = {
@@ -17,6 +17,7 @@ TASKS = {
         Street(),
         Photos(),
         StreetWeights(),
+        SmallCropWeights(),
         DetectionWeights(),
     )
 }

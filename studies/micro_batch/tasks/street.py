@@ -16,15 +16,19 @@ from ..norms import parse_norm
 from .task import Extent, Run
 from .trained import Trained
 
-# Of pictures and of what is trained on: width, height.
-SCALE, CROP = (480, 360), (384, 288)
+# Of pictures: width, height.
+SCALE = (480, 360)
 # One in so many pictures is drawn with what is predicted.
 DRAWN = 10
 _LABELS = '_gtFine_labelTrainIds.png'
 
 
 class Street(Trained):
-    """DeepLabV3 with a ResNet-18 of half width, output stride 16."""
+    """DeepLabV3 with a ResNet-18 of half width, output stride 16.
+
+    Attributes:
+        crop (tuple[int]): Of what is trained on, width and height.
+    """
 
     name = 'street'
     title = 'street scenes, DeepLabV3'
@@ -36,6 +40,7 @@ class Street(Trained):
     template = 'deeplabv3_r18-d8_bcn-ws_shapes.py'
     metric = ('mIoU', 1)
     evaluations = 4
+    crop = (384, 288)
 
     def prepare(self, args: argparse.Namespace) -> None:
         for part in ('leftImg8bit', 'gtFine'):
@@ -62,7 +67,7 @@ class Street(Trained):
                 ratio_range=(0.8, 1.25),
                 keep_ratio=True,
             ),
-            dict(type='RandomCrop', crop_size=CROP[::-1]),
+            dict(type='RandomCrop', crop_size=self.crop[::-1]),
             dict(type='RandomFlip', prob=0.5),
             dict(type='PackSegInputs'),
         ]

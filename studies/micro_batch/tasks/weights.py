@@ -16,6 +16,8 @@ from .street import Street
 from .task import Extent, Run
 from .trained import Trained
 
+# Of the network's maps at a stride.
+CHANNELS = {4: 24, 8: 40, 16: 112, 32: 320}
 _GN = parse_norm('gn').norm_cfg
 
 
@@ -57,20 +59,25 @@ class Weights(Trained):
 
 
 class StreetWeights(Weights, Street):
-    """Below an FCN head, on street scenes."""
+    """Below an FCN head, on street scenes.
+
+    Attributes:
+        stride (int): Of the maps that the head has.
+    """
 
     name = 'bn-weights'
     title = 'street scenes, ImageNet weights of BN'
     full = Extent(8, Weights.norms, images=(1,))
     rate = 0.003
     step_cost, image_cost = 0.02, 0.25
+    stride = 16
 
     def network(self, cfg: Config, run: Run) -> None:
-        self.place(cfg, run, strides=[16])
+        self.place(cfg, run, strides=[self.stride])
         head = cfg.model.auxiliary_head
         cfg.model.decode_head = dict(
             head,
-            in_channels=112,
+            in_channels=CHANNELS[self.stride],
             in_index=0,
             num_convs=1,
             norm_cfg=_GN,
@@ -78,6 +85,16 @@ class StreetWeights(Weights, Street):
         )
         cfg.model.auxiliary_head = None
         cfg.optim_wrapper.optimizer.weight_decay = 1e-4
+
+
+class SmallCropWeights(StreetWeights):
+    """From crops of which the last maps have 3x3 positions: too few for statistics."""
+
+    name = 'bn-weights-small'
+    title = 'street scenes in crops of 96x96, ImageNet weights of BN'
+    full = Extent(16, Weights.norms, images=(1,))
+    step_cost, image_cost = 0.02, 0.04
+    crop, stride = (96, 96), 32
 
 
 class DetectionWeights(Weights, Detection):
@@ -96,4 +113,4 @@ class DetectionWeights(Weights, Detection):
                 if 'norm_cfg' in node:
                     node.norm_cfg = _GN
         self.place(cfg, run, strides=[4, 8, 16])
-        cfg.model.neck.in_channels = [24, 40, 112]
+        cfg.model.neck.in_channels = [CHANNELS[stride] for stride in (4, 8, 16)]
