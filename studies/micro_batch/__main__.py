@@ -15,7 +15,8 @@ seed:
               EfficientNet-Lite0 with BatchNorm's ImageNet weights, norms in the
               place of its BatchNorms: below an FCN head on the street scenes, at
               output stride 16, or on crops of 96x96 at 32, whose last maps have
-              nine positions; and below a Mask R-CNN's neck and heads on the shapes
+              nine positions, tested in windows of that size; and below a Mask
+              R-CNN's neck and heads on the shapes
 
 All runs of a task see the same number of images; those of digits are moved at
 random by up to a pixel. Runs that are done are kept, so that the same command

@@ -88,13 +88,25 @@ class StreetWeights(Weights, Street):
 
 
 class SmallCropWeights(StreetWeights):
-    """From crops of which the last maps have 3x3 positions: too few for statistics."""
+    """From crops of which the last maps have 3x3 positions: too few for statistics.
+
+    Tested in windows of the crops' size, as is usual: of a whole picture, the
+    statistics of GroupNorm and of BCN's channel stage are others.
+    """
 
     name = 'bn-weights-small'
     title = 'street scenes in crops of 96x96, ImageNet weights of BN'
     full = Extent(16, Weights.norms, images=(1,))
     step_cost, image_cost = 0.02, 0.04
     crop, stride = (96, 96), 32
+
+    def network(self, cfg: Config, run: Run) -> None:
+        super().network(cfg, run)
+        cfg.model.test_cfg = dict(
+            mode='slide',
+            crop_size=self.crop[::-1],
+            stride=[2 * length // 3 for length in self.crop[::-1]],
+        )
 
 
 class DetectionWeights(Weights, Detection):
