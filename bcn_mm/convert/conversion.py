@@ -42,8 +42,8 @@ def to_bcn(
       through :func:`bcn_mm.layers.WithBCN`;
     - a head that pyramid levels share gets an estimate for each of them
       (``num_levels``);
-    - ``norm_eval`` is turned off, and ``frozen_stages`` unless ``pretrained``
-      names weights that were trained with BCN;
+    - ``norm_eval`` is turned off, and ``frozen_stages`` unless weights of
+      BatchNorm stay, or ``pretrained`` names some that were trained with BCN;
     - checkpoints in ``init_cfg``, ``pretrained`` and ``load_from`` go where
       convolutions are standardized that were not; those of BatchNorm models
       load otherwise, those of GroupNorm models approximately;
@@ -98,7 +98,8 @@ def to_bcn(
     cfg = copy.deepcopy(cfg)
     with in_scope(cfg) as registry:
         norm_cfg = _complete(norm_cfg, registry)
-        context = Context(registry, norm_cfg, ws, only, pretrained)
+        loads = bool(cfg.get('load_from'))
+        context = Context(registry, norm_cfg, ws, only, pretrained, loads)
         convert_components(context, cfg.model, 'model')
         node, path = find_detector(cfg.model, 'model')
         convert_checkpoints(context, cfg, node, path)

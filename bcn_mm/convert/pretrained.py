@@ -13,6 +13,9 @@ from .context import Context
 from .model import build_model
 from .tree import part_of
 
+# Where a component names what it starts from.
+_KEYS = ('init_cfg', 'pretrained')
+
 
 def unfreeze(
     context: Context,
@@ -23,6 +26,9 @@ def unfreeze(
     standardized: bool,
 ) -> None:
     """Let a component train whose norms or weights are others now.
+
+    Stages that are frozen stay so where weights of BatchNorm stay, which BCN reads;
+    others would be frozen as they were drawn.
 
     Args:
         context (Context): Receives what is changed.
@@ -37,10 +43,17 @@ def unfreeze(
     given = context.pretrained and part_of(path) == 'backbone'
     # what stands for none differs: -1 in most, 0 in EfficientNet
     none = arguments.get('frozen_stages', -1)
-    if node.get('frozen_stages', none) != none and not given:
-        context.change(node, 'frozen_stages', none, path, 'no BCN weights to freeze')
+    frozen = node.get('frozen_stages', none)
+    if frozen != none and not given:
+        loaded = context.load_from or any(_checkpoints(node.get(k)) for k in _KEYS)
+        if loaded and not standardized and not _per_group(replaced):
+            note = 'BatchNorm weights: as good frozen'
+            context.keep(f'{path}.frozen_stages', frozen, note)
+        else:
+            note = 'no BCN weights to freeze'
+            context.change(node, 'frozen_stages', none, path, note)
     if not given:
-        for key in ('init_cfg', 'pretrained'):
+        for key in _KEYS:
             _review_checkpoint(context, node, key, path, replaced, standardized)
 
 
@@ -118,6 +131,23 @@ def _check_fits(context: Context, node: dict, state: State) -> None:
             )
 
 
+def _entries(value: Any) -> list:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _checkpoints(value: Any) -> list:
+    """Of what initializes a component, the entries that load weights."""
+    return [
+        e
+        for e in _entries(value)
+        if isinstance(e, str) or (isinstance(e, dict) and 'checkpoint' in e)
+    ]
+
+
+def _per_group(replaced: Set[type]) -> bool:
+    return any(issubclass(k, nn.GroupNorm) for k in replaced - {BCN})
+
+
 def _review_checkpoint(
     context: Context,
     node: dict,
@@ -128,23 +158,17 @@ def _review_checkpoint(
 ) -> None:
     """Keep a checkpoint of a model with these norms if it still fits."""
     value = node.get(key)
-    entries = value if isinstance(value, (list, tuple)) else [value]
-    loads = [
-        e
-        for e in entries
-        if isinstance(e, str) or (isinstance(e, dict) and 'checkpoint' in e)
-    ]
+    loads = _checkpoints(value)
     if not loads or not replaced:
         return
     if standardized:
-        rest = [e for e in entries if e not in loads]
+        rest = [e for e in _entries(value) if e not in loads]
         note = 'weights that were trained without standardization'
         context.change(node, key, rest or None, path, note)
         return
-    per_group = any(issubclass(k, nn.GroupNorm) for k in replaced - {BCN})
     note = (
         'GroupNorm weights: they load approximately'
-        if per_group
+        if _per_group(replaced)
         else 'BatchNorm weights: they load into the batch stage'
     )
     context.keep(f'{path}.{key}' if path else key, value, note)

@@ -20,7 +20,6 @@ def test_checkpoints_that_fit_stay():
     cfg, changes = settings(RETINA)
     assert cfg.model.backbone.init_cfg.checkpoint == 'torchvision://resnet50'
     assert 'batch stage' in changes['model.backbone.init_cfg'].note
-    assert cfg.model.backbone.frozen_stages == -1
     cfg, _ = settings(DEEPLAB)
     assert cfg.model.pretrained == 'open-mmlab://resnet50_v1c'
     # those of GroupNorm, and of standardized convolutions
@@ -49,6 +48,29 @@ def test_checkpoints_that_do_not_fit_go(source, kwargs, key):
     for word in key.split('.'):
         node = node[word]
     assert node is None
+
+
+@pytest.mark.parametrize(
+    'edit, kwargs, stays',
+    [
+        ({}, {}, True),
+        ({}, dict(ws=True), False),
+        ({'model.backbone.init_cfg': None}, {}, False),
+        ({'model.backbone.init_cfg': None, 'load_from': 'x.pth'}, {}, True),
+        ({'model.backbone.init_cfg': None, 'load_from': 'x.pth'}, dict(ws=True), False),
+        ({'model.backbone.norm_cfg': dict(type='GN', num_groups=32)}, {}, False),
+    ],
+)
+def test_stages_stay_frozen_where_weights_of_batch_norm_stay(edit, kwargs, stays):
+    source = read_config(RETINA)
+    source.merge_from_dict(edit)
+    changes = []
+    cfg = to_bcn(source, changes=changes, **kwargs)
+    assert cfg.model.backbone.frozen_stages == (1 if stays else -1)
+    assert not cfg.model.backbone.norm_eval
+    (note,) = (c.note for c in changes if c.path == 'model.backbone.frozen_stages')
+    assert ('BatchNorm' in note) == stays
+    assert to_bcn(cfg, **kwargs).to_dict() == cfg.to_dict()
 
 
 @pytest.mark.parametrize('source', [RETINA, DEEPLAB])
