@@ -59,7 +59,13 @@ def parse_norm(text: str) -> Norm:
     if not all(key and sign and value for key, sign, value in pairs):
         raise InputError(f'norm {text!r}: arguments look like momentum=0.1')
     more = {key: yaml.safe_load(value) for key, _, value in pairs}
-    title = ', '.join([norm.title, *(f'{k} {v}' for k, v in more.items())])
+    title = ', '.join([norm.title, *(_said(*pair) for pair in more.items())])
     settings = {key: more.pop(key) for key in SETTINGS if key in more}
     norm_cfg = {**norm.norm_cfg, **more}
     return norm._replace(title=title, norm_cfg=norm_cfg, settings=settings)
+
+
+def _said(key: str, value: object) -> str:
+    return (
+        'early stages frozen' if (key, value) == ('frozen', True) else f'{key} {value}'
+    )

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mmengine.registry import DATASETS, init_default_scope
 
 from studies.micro_batch import plan
+from studies.micro_batch.norms import parse_norm
 from studies.micro_batch.records import CLOSE, commit, rates_of, summarize
 from studies.micro_batch.tasks import TASKS, Run, digits
 
@@ -79,6 +80,14 @@ def test_what_failed_and_what_diverged():
     assert row['diverged'] == [0.04] and row['close'] == [0.02]
     (row,) = summarize([failed]).values()
     assert row['failed'] == 1 and np.isnan(row['mean'])
+
+
+def test_titles_tell_variants_apart():
+    names = ['bcn-read', 'bcn-read,frozen=true', 'bcn-read,frozen=false']
+    names += ['bcn-read,warmup=5', 'bcn-read,warmup=5,frozen=true']
+    titles = [parse_norm(name).title for name in names]
+    assert len(set(titles)) == len(titles)
+    assert titles[1] == 'BCN from BN weights, early stages frozen'
 
 
 def test_commit_of_a_run():
