@@ -38,7 +38,8 @@ layer may follow, as in bcn-ws,momentum=0.1,start=average. So may, on the digits
 follow_lr=true, which scales BCN's momentum as the schedule scales the learning
 rate; and with those of weights frozen=true (what leads to output stride 4),
 reading=plain (the channel stage begins with weight 1 and bias 0) and warmup=N
-(forward passes before the first step).
+(forward passes before the first step); and on street scenes windows=true or false
+(whether pictures are tested in windows as large as the crops).
 
 The command is run in the folder of the repository.
 """

@@ -20,7 +20,7 @@ class Norm(NamedTuple):
 
 #: Options of a norm that are no arguments of the layer; a task says which it
 #: heeds (``Task.settings``).
-SETTINGS = ('follow_lr', 'frozen', 'reading', 'warmup')
+SETTINGS = ('follow_lr', 'frozen', 'reading', 'warmup', 'windows')
 
 # 16 groups, as in the quickstart's configs: layers have 32 channels or more
 _GN, _WS = dict(type='GN', num_groups=16), dict(type='WSConv2d')

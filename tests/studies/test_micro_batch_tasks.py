@@ -68,6 +68,30 @@ def test_bn_weights(task, train):
     assert 0 < result['error'] < 100 and 0 < result['held'] < 100
 
 
+@pytest.mark.parametrize(
+    'task, norm, windows',
+    [
+        ('street', 'gn', None),
+        ('street', 'gn,windows=true', (48, 64)),
+        ('bn-weights', 'bcn-read', None),
+        ('bn-weights', 'bcn-read,windows=true', (48, 64)),
+        ('bn-weights-small', 'bcn-read', (96, 96)),
+        ('bn-weights-small', 'bcn-read,windows=false', None),
+    ],
+)
+def test_windows_are_as_large_as_crops(task, norm, windows, data):
+    cfg = TASKS[task].config(Run(task, norm, 1, 0, 1, 5, 0.01, held_out=2))
+    test = cfg.model.test_cfg
+    assert (test.get('crop_size') if test.mode == 'slide' else None) == windows
+    (crop,) = (
+        step.crop_size
+        for step in cfg.train_dataloader.dataset.pipeline
+        if step.type == 'RandomCrop'
+    )
+    assert windows in (None, crop)
+    assert 'windows' not in cfg.model.backbone
+
+
 @pytest.mark.slow
 def test_weights_below_a_detector(train):
     backbone('BN')  # or skip

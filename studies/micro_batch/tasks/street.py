@@ -28,6 +28,8 @@ class Street(Trained):
 
     Attributes:
         crop (tuple[int]): Of what is trained on, width and height.
+        windows (bool): Whether pictures are tested in windows of that size, unless
+            the norm's settings say otherwise.
     """
 
     name = 'street'
@@ -41,6 +43,8 @@ class Street(Trained):
     metric = ('mIoU', 1)
     evaluations = 4
     crop = (384, 288)
+    windows = False
+    settings = ('windows',)
 
     def prepare(self, args: argparse.Namespace) -> None:
         for part in ('leftImg8bit', 'gtFine'):
@@ -94,6 +98,13 @@ class Street(Trained):
             type='SegVisualizationHook', draw=True, interval=DRAWN
         )
         cfg.param_scheduler[0].end = run.steps
+        if parse_norm(run.norm).settings.get('windows', self.windows):
+            height_width = self.crop[::-1]
+            cfg.model.test_cfg = dict(
+                mode='slide',
+                crop_size=height_width,
+                stride=[2 * length // 3 for length in height_width],
+            )
         self.network(cfg, run)
         for head in (cfg.model.decode_head, cfg.model.auxiliary_head):
             if head:

@@ -45,6 +45,7 @@ class Weights(Trained):
         norm = parse_norm(run.norm)
         settings = dict(norm.settings)
         warmup = settings.pop('warmup', 0)
+        settings.pop('windows', None)  # which are no matter of the network
         cfg.model.data_preprocessor.update(mean=[127.0] * 3, std=[128.0] * 3)
         cfg.model.backbone = dict(
             type='EfficientNetLite0',
@@ -70,6 +71,7 @@ class StreetWeights(Weights, Street):
     full = Extent(8, Weights.norms, images=(1,))
     rate = 0.003
     step_cost, image_cost = 0.02, 0.25
+    settings = (*Weights.settings, *Street.settings)
     stride = 16
 
     def network(self, cfg: Config, run: Run) -> None:
@@ -98,15 +100,7 @@ class SmallCropWeights(StreetWeights):
     title = 'street scenes in crops of 96x96, ImageNet weights of BN'
     full = Extent(16, Weights.norms, images=(1,))
     step_cost, image_cost = 0.02, 0.04
-    crop, stride = (96, 96), 32
-
-    def network(self, cfg: Config, run: Run) -> None:
-        super().network(cfg, run)
-        cfg.model.test_cfg = dict(
-            mode='slide',
-            crop_size=self.crop[::-1],
-            stride=[2 * length // 3 for length in self.crop[::-1]],
-        )
+    crop, stride, windows = (96, 96), 32, True
 
 
 class DetectionWeights(Weights, Detection):
