@@ -40,7 +40,8 @@ class Context:
         ws (bool): Whether convolutions become weight-standardized.
         only (Sequence[str], optional): The parts to convert; None for all.
         pretrained (str, optional): A backbone's checkpoint, trained with BCN.
-        load_from (bool): Whether the config loads weights of a whole model.
+        loads (bool): Whether the config names weights of the model or its backbone
+            elsewhere than in the component that they are for.
         changes (list[Change]): In the order in which they were made.
         norms (dict): path of a component -> the BCN dicts that it has.
         defaults (dict): path of a component -> its dict, and a copy from
@@ -56,7 +57,7 @@ class Context:
     ws: bool = False
     only: Optional[Sequence[str]] = None
     pretrained: Optional[str] = None
-    load_from: bool = False
+    loads: bool = False
     changes: List[Change] = field(default_factory=list)
     norms: Dict[str, List[dict]] = field(default_factory=dict)
     defaults: Dict[str, Tuple[dict, dict]] = field(default_factory=dict)

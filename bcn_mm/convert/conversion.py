@@ -98,7 +98,8 @@ def to_bcn(
     cfg = copy.deepcopy(cfg)
     with in_scope(cfg) as registry:
         norm_cfg = _complete(norm_cfg, registry)
-        loads = bool(cfg.get('load_from'))
+        detector = find_detector(cfg.model, 'model')[0]
+        loads = bool(cfg.get('load_from') or detector.get('pretrained'))
         context = Context(registry, norm_cfg, ws, only, pretrained, loads)
         convert_components(context, cfg.model, 'model')
         node, path = find_detector(cfg.model, 'model')

@@ -45,7 +45,7 @@ def unfreeze(
     none = arguments.get('frozen_stages', -1)
     frozen = node.get('frozen_stages', none)
     if frozen != none and not given:
-        loaded = context.load_from or any(_checkpoints(node.get(k)) for k in _KEYS)
+        loaded = context.loads or any(_checkpoints(node.get(k)) for k in _KEYS)
         if loaded and not standardized and not _per_group(replaced):
             note = 'BatchNorm weights: as good frozen'
             context.keep(f'{path}.frozen_stages', frozen, note)

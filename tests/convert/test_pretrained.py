@@ -50,22 +50,37 @@ def test_checkpoints_that_do_not_fit_go(source, kwargs, key):
     assert node is None
 
 
+NO_CHECKPOINT = {'model.backbone.init_cfg': None}
+LOADED = dict(NO_CHECKPOINT, load_from='x.pth')
+FROZEN = {'model.backbone.frozen_stages': 1}
+
+
 @pytest.mark.parametrize(
-    'edit, kwargs, stays',
+    'source, edit, kwargs, stays',
     [
-        ({}, {}, True),
-        ({}, dict(ws=True), False),
-        ({'model.backbone.init_cfg': None}, {}, False),
-        ({'model.backbone.init_cfg': None, 'load_from': 'x.pth'}, {}, True),
-        ({'model.backbone.init_cfg': None, 'load_from': 'x.pth'}, dict(ws=True), False),
-        ({'model.backbone.norm_cfg': dict(type='GN', num_groups=32)}, {}, False),
+        (RETINA, {}, {}, True),
+        (RETINA, {}, dict(ws=True), False),
+        (RETINA, NO_CHECKPOINT, {}, False),
+        (RETINA, LOADED, {}, True),
+        (RETINA, LOADED, dict(ws=True), False),
+        (
+            RETINA,
+            {'model.backbone.norm_cfg': dict(type='GN', num_groups=32)},
+            {},
+            False,
+        ),
+        # which the model names, not its backbone
+        (DEEPLAB, FROZEN, {}, True),
+        (DEEPLAB, dict(FROZEN, **{'model.pretrained': None}), {}, False),
     ],
 )
-def test_stages_stay_frozen_where_weights_of_batch_norm_stay(edit, kwargs, stays):
-    source = read_config(RETINA)
-    source.merge_from_dict(edit)
+def test_stages_stay_frozen_where_weights_of_batch_norm_stay(
+    source, edit, kwargs, stays
+):
+    cfg = read_config(source)
+    cfg.merge_from_dict(edit)
     changes = []
-    cfg = to_bcn(source, changes=changes, **kwargs)
+    cfg = to_bcn(cfg, changes=changes, **kwargs)
     assert cfg.model.backbone.frozen_stages == (1 if stays else -1)
     assert not cfg.model.backbone.norm_eval
     (note,) = (c.note for c in changes if c.path == 'model.backbone.frozen_stages')
