@@ -25,8 +25,9 @@ goes on where it was stopped, and a larger one adds to it.
 The learning rate is the task's. With --rates every norm has its best of these:
 the one with the lowest error on a sixth of the training pictures that is held
 out for that. The first seed tries all rates, the others the two that were
-best with it. Rates are those at one image per step; they grow with the images, but
-for the digits with their square root.
+best with it. With --extend a norm whose best rate is the lowest or highest tried
+gets another beyond it, three times at most. Rates are those at one image per step;
+they grow with the square root of the images, those of the digits with their number.
 
 EliminationSingularityHook watches all but the digits: its logs, for
 plot_singularity.py, are in WORK_DIR/logs, and "near" is the part of the channels
@@ -98,6 +99,11 @@ def parse_args() -> argparse.Namespace:
         metavar='RATE',
         help="learning rates to choose from, at one image per step (the task's)",
     )
+    parser.add_argument(
+        '--extend',
+        action='store_true',
+        help='try rates beyond the lowest or highest, where that is the best one',
+    )
     parser.add_argument('--seeds', type=int, help='how many (3)')
     parser.add_argument(
         '--epochs',
@@ -165,6 +171,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError('--shift must not be negative')
     if args.rates and not min(args.rates) > 0:
         raise InputError('--rates must be positive')
+    if args.extend and len(set(args.rates or ())) < 2:
+        raise InputError('--extend is for two --rates or more')
     for name in args.norms or ():
         norm = parse_norm(name)
         for task in (TASKS[task] for task in args.tasks):

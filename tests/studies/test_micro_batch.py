@@ -201,6 +201,7 @@ def test_the_digits_are_learned_and_repeatable(tmp_path):
         (['--seeds', '0'], 'must be positive'),
         (['--shift', '-1'], 'must not be negative'),
         (['--rates', '0'], '--rates must be positive'),
+        (['--rates', '1', '--extend'], '--extend is for two --rates or more'),
         (['--tasks', 'street', '--norms', 'bn-frozen'], 'is none of street'),
         (
             ['--tasks', 'street', '--norms', 'bcn,warmup=9'],

@@ -148,26 +148,35 @@ def test_held_out_digits_are_not_trained_on(monkeypatch, tmp_path):
         assert error * count / 100 == pytest.approx(round(error * count / 100))
 
 
-def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, one_by_one):
-    """Nothing that is known is run again, and with --show nothing at all."""
-    performed = []
-    optimum = {'gn': 0.2, 'in': 0.35, 'bcn': 0.8}
+def trainings_with_optima(optimum, monkeypatch):
+    """Digits that each norm is best on at a rate; what was run since last asked."""
+    runs = []
 
     def train(run, folder):
-        performed.append(run)
+        runs.append(run)
         distance = abs(np.log(run.rate / optimum[run.norm]))
         return dict(error=10 * distance, held=20 * distance)
 
+    def performed():
+        done, runs[:] = list(runs), []
+        return {(r.norm, r.rate, r.seed) for r in done}
+
     monkeypatch.setattr(TASKS['digits'], 'prepare', lambda args: None)
     monkeypatch.setattr(TASKS['digits'], 'train', train)
+    return performed
+
+
+def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, one_by_one):
+    """Nothing that is known is run again, and with --show nothing at all."""
+    optimum = {'gn': 0.2, 'in': 0.35, 'bcn': 0.8}
+    performed = trainings_with_optima(optimum, monkeypatch)
 
     def study(*more):
         said = one_by_one(
             *('--tasks', 'digits', '--images', 16, '--norms', *optimum),
             *('--rates', 0.0125, 0.025, 0.05, '--work-dir', tmp_path, *more),
         )
-        done, performed[:] = list(performed), []
-        return {(r.norm, r.rate, r.seed) for r in done}, said
+        return performed(), said
 
     rates = (0.2, 0.4, 0.8)
     first = {(norm, rate, 0) for norm in optimum for rate in rates}
@@ -199,3 +208,44 @@ def test_further_seeds_have_the_two_best_rates(tmp_path, monkeypatch, one_by_one
     study('--seeds', 3, '--show')
     table = (tmp_path / 'results.md').read_text()
     assert '| GN | 0.0 ± 0.0 | 2 | 0.2 |' in table
+
+
+def test_rates_go_on_beyond_the_best(tmp_path, monkeypatch, one_by_one):
+    """Until it is neither the lowest nor the highest, three times at most."""
+    optimum = {'gn': 0.2, 'in': 1.7, 'bcn': 1e-9}
+    performed = trainings_with_optima(optimum, monkeypatch)
+
+    def study(*more):
+        said = one_by_one(
+            *('--tasks', 'digits', '--images', 1, '--norms', *optimum, '--extend'),
+            *('--rates', 0.1, 0.2, 0.4, '--work-dir', tmp_path, *more),
+        )
+        return performed(), said
+
+    added = {('in', 0.8, 0), ('in', 1.6, 0), ('in', 3.2, 0)}
+    added |= {('bcn', rate, 0) for rate in (0.05, 0.025, 0.0125)}
+    first = {(norm, rate, 0) for norm in optimum for rate in (0.1, 0.2, 0.4)}
+    assert study('--seeds', 1)[0] == first | added
+    best = [('gn', 0.2), ('in', 1.6), ('in', 3.2), ('bcn', 0.0125), ('bcn', 0.025)]
+    # 0.1 and 0.4 are as far from 0.2
+    done = study('--seeds', 2)[0]
+    assert done - {('gn', 0.1, 1), ('gn', 0.4, 1)} == {(*pair, 1) for pair in best}
+    assert len(done) == len(best) + 1
+    # what was added is shown too, and not run again
+    for more in ((), ('--show',)):
+        done, said = study('--seeds', 2, *more)
+        assert done == set()
+        assert 'at 0.0125, the lowest of 6 rates' in said
+        assert 'at 1.6 of 6 rates' in said and 'at 0.2 of 3 rates' in said
+
+
+def test_a_rate_that_failed_is_not_gone_beyond():
+    runs = [Run('street', 'bcn', 1, 0, 1, 10, rate, held_out=5) for rate in RATES]
+    records = [record(r.rate, 0, 9 - k, 9 - k) for k, r in enumerate(runs)]
+    (next_,) = plan.beyond(runs, records)
+    assert next_ == runs[0]._replace(rate=0.08)
+    failed = dict(record(0.08, 0, None, None))
+    del failed['held']
+    assert plan.beyond([*runs, next_], [*records, failed]) == []
+    # of one rate nothing is known beyond it
+    assert plan.beyond(runs[:1], records[:1]) == []
