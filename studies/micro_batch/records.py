@@ -177,7 +177,7 @@ _OF_A_RUN = (
 def write_runs(folder: Path) -> None:
     """Write ``runs.csv``, a line for every run that is kept in this folder."""
     kept = list(filter(None, map(_read, (folder / 'runs').glob('*.json'))))
-    order = ('task', 'images', 'norm', 'rate', 'seed')
+    order = ('task', 'images', 'norm', 'epochs', 'pictures', 'rate', 'seed')
     kept.sort(key=lambda record: [record[key] for key in order])
     path = folder / 'runs.csv'
     with replacing(path) as draft, open(draft, 'w', newline='') as file:

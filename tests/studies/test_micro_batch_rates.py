@@ -6,6 +6,8 @@ import csv
 import json
 import re
 import subprocess
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,14 @@ from mmengine.registry import DATASETS, init_default_scope
 
 from studies.micro_batch import plan
 from studies.micro_batch.norms import parse_norm
-from studies.micro_batch.records import CLOSE, commit, rates_of, summarize
+from studies.micro_batch.records import (
+    CLOSE,
+    commit,
+    keep,
+    known,
+    rates_of,
+    summarize,
+)
 from studies.micro_batch.tasks import TASKS, Run, digits
 
 pytest_plugins = ['study_data']
@@ -38,6 +47,26 @@ def grids(draw):
         for rate in RATES
         for seed in range(draw(st.integers(1, 2)))
     ]
+
+
+small = st.integers(1, 12)
+some_runs = st.builds(
+    Run,
+    *(st.sampled_from(['digits', 'photos']), st.sampled_from(['bn', 'bcn,momentum=1'])),
+    *(small, small, small, small, st.sampled_from(RATES), small | st.just(0), small),
+)
+
+
+@given(some_runs, st.data())
+def test_runs_that_differ_are_kept_apart(run, data):
+    """A longer training does not take the place of a shorter one, and so on."""
+    key = data.draw(st.sampled_from(Run._fields))
+    other = run._replace(**{key: getattr(data.draw(some_runs), key)})
+    with tempfile.TemporaryDirectory() as folder:
+        for error, kept in enumerate((run, other)):
+            keep(kept, dict(kept._asdict(), error=error), Path(folder))
+        assert known(run, Path(folder))['error'] == (run == other)
+        assert known(other, Path(folder))['error'] == 1
 
 
 @given(grids(), st.randoms())

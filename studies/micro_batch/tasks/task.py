@@ -24,8 +24,13 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
+        """Of its files: no two runs share them."""
         norm = self.norm.replace('=', '-').replace(',', '_')
-        return f'{self.task}_{norm}_{self.images}_r{self.rate:g}_s{self.seed}'
+        shift = f'_m{self.shift}' if self.shift else ''
+        return (
+            f'{self.task}_{norm}_{self.images}_r{self.rate:g}_e{self.epochs}_'
+            f'p{self.pictures}of{self.pictures + self.held_out}{shift}_s{self.seed}'
+        )
 
     @property
     def steps(self) -> int:
