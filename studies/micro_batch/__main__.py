@@ -108,7 +108,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         '--epochs',
         type=int,
-        help='of every run (digits 30, det and seg 4, street 16, photos 24, '
+        help='of every run (digits 30, det and seg 4, street 16, photos 72, '
         'bn-weights 8, bn-weights-small 16, det-bn-weights 2)',
     )
     parser.add_argument(

@@ -26,7 +26,7 @@ class Photos(Detection):
     name = 'photos'
     title = 'fitting photographs, Mask R-CNN'
     error = '100 - box mAP on the training pictures'
-    full = Extent(24, ('bn', 'gn', 'gn-ws', 'bcn', 'bcn-ws'), images=(1,))
+    full = Extent(72, ('bn', 'gn', 'gn-ws', 'bcn', 'bcn-ws'), images=(1,))
     quick = Extent(1, ('bn', 'gn-ws', 'bcn-ws'), images=(1,), seeds=1)
     step_cost, image_cost = 0.05, 0.3
     holdout = 0
