@@ -80,7 +80,7 @@ def draw(rows: Dict[Key, dict], norms: List[str], path: Path) -> None:
         lines.values(),
         lines,
         loc='outside lower center',
-        ncols=4,
+        ncols=2 * min(len(tasks), 2),
         fontsize='small',
     )
     with replacing(path, '.part.png') as draft:

@@ -21,6 +21,7 @@ from torch import nn
 
 from bcn_mm import BCN
 from studies.micro_batch.norms import NORMS, parse_norm
+from studies.micro_batch.report import draw
 from studies.micro_batch.tasks import TASKS, Run, digits
 
 pytest_plugins = ['study_data']
@@ -287,6 +288,20 @@ def test_leaves_no_process_behind(shapes, tmp_path):
     while others():
         assert time.monotonic() < deadline, others()
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize('tasks', [('det',), ('digits', 'det', 'seg')])
+def test_the_legend_is_within_the_picture(tasks, tmp_path):
+    """Of one panel and of several, with names as long as they get."""
+    norms = [f'{name},num_groups=32' for name in ('gn', 'gn-ws', 'bcn', 'bcn-ws')]
+    rows = {
+        (task, norm, n): dict(mean=10.0 + n, sd=1.0, seeds=2)
+        for task, norm, n in itertools.product(tasks, norms, (1, 2))
+    }
+    draw(rows, norms, tmp_path / 'error.png')
+    picture = cv2.imread(str(tmp_path / 'error.png'))
+    assert picture.std() > 10
+    assert (picture[:, [0, 1, -2, -1]] == 255).all()
 
 
 def test_variants_of_a_norm():
