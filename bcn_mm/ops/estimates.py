@@ -107,7 +107,7 @@ def _step(
             # unbiased, as in nn.BatchNorm2d
             var = var * (num_values / _at_least_one(num_values - 1))
         if move:
-            _move(running, mean, var, rule)
+            _move(running, mean, var, rule, num_values)
     return batch or _batch_of_estimates(running, rule, moments.mean.dtype)
 
 
@@ -152,18 +152,15 @@ def _statistics(
     mean, var, _ = moments
     if group is not None:
         return _over_ranks(mean, var, running.mean, length, rule.estimate, group)
-    batch_mean = _mean_of_samples(mean)
-    offset = mean - (running.mean if rule.estimate else batch_mean)
-    if not rule.estimate and mean.shape[0] > 1:
-        # without the rounding of the mean, which a small variance magnifies
-        rest = offset.mean(0)
-        batch_mean, offset = batch_mean + rest, offset - rest
-    batch_var = _mean_of_samples(torch.addcmul(var, offset, offset))
+    if mean.shape[0] == 1:
+        return mean[0], var[0], length
+    batch_mean = mean.mean(0)
+    offset = mean - batch_mean
+    # without the rounding of the mean, which a small variance magnifies
+    rest = offset.mean(0)
+    batch_mean, offset = batch_mean + rest, offset - rest
+    batch_var = torch.addcmul(var, offset, offset).mean(0)
     return batch_mean, batch_var, mean.shape[0] * length
-
-
-def _mean_of_samples(t: Tensor) -> Tensor:
-    return t[0] if t.shape[0] == 1 else t.mean(0)
 
 
 def _at_least_one(number: Union[int, Tensor]) -> Union[int, Tensor]:
@@ -172,24 +169,33 @@ def _at_least_one(number: Union[int, Tensor]) -> Union[int, Tensor]:
     return max(number, 1)
 
 
-def _move(running: Running, batch_mean: Tensor, batch_var: Tensor, rule: Rule) -> None:
+def _move(
+    running: Running,
+    batch_mean: Tensor,
+    batch_var: Tensor,
+    rule: Rule,
+    num_values: Union[int, Tensor],
+) -> None:
     """Move the running statistics towards those of a batch.
 
-    Channels whose statistics are not finite stay.
+    Channels whose statistics are not finite stay; a batch without values, which
+    only a group of ranks can have here, is no pass.
     """
     if running.num_batches_tracked is not None:
-        running.num_batches_tracked.add_(1)
+        passes = num_values > 0 if isinstance(num_values, Tensor) else 1
+        running.num_batches_tracked.add_(passes)
     rate, large = _rate(
         rule.momentum,
         rule.start,
         running.num_batches_tracked,
         running.mean.dtype,
     )
-    if rule.estimate and large is not None:
-        # at a rate that is not small, the variance of what the estimates are
-        # a mean of
-        old = (batch_mean - running.mean).square_()
-        batch_var = torch.addcmul(batch_var, large, old, value=-1)
+    if rule.estimate:
+        # about the estimate; at a rate that is not small, the variance of what
+        # the estimates are a mean of. Not as a difference of large squares.
+        offset = batch_mean - running.mean
+        part = offset if large is None else offset * (1 - large)
+        batch_var = torch.addcmul(batch_var, part, offset)
     # the variance is of values about a mean: finite only if that is
     finite = batch_var < float('inf')
     if running.mean.dtype != batch_mean.dtype:
@@ -216,11 +222,13 @@ def _rate(
     if momentum is not None and start == 'identity':
         return momentum, None
     passes = counted(passes, momentum, start)
+    if momentum is None or start == 'average':
+        # none yet: a batch without values, of which nothing moves
+        rate = passes.to(dtype).clamp_min(1).reciprocal()
     if momentum is None:
-        rate = passes.to(dtype).reciprocal()
         return rate, rate
     if start == 'average':
-        rate = passes.to(dtype).reciprocal().clamp_min(momentum)
+        rate = rate.clamp_min(momentum)
     else:
         rate = (passes == 1).to(dtype).clamp_min(momentum)
     return rate, rate * (rate > momentum)
@@ -249,14 +257,13 @@ def _over_ranks(
 ) -> Tuple[Tensor, Tensor, Tensor]:
     """The batch statistics over a process group, in one ``all_reduce``.
 
-    Ranks add up what makes a mean and a variance about the running mean,
-    which is the same on all of them, in float64: 8 (2 C + 1) bytes. Samples
+    Ranks add up offsets from the running mean, which is the same on all of
+    them, and their squares, in float64: 8 (2 C + 1) bytes. Samples
     weigh the same with ``estimate``, positions without, as in one process.
 
     Returns:
-        tuple[Tensor, Tensor, Tensor]: mean and biased variance, both (C), the
-        latter about the running mean with ``estimate``, not finite where no
-        rank has a value; and the total weight.
+        tuple[Tensor, Tensor, Tensor]: mean and biased variance, both (C), not
+        finite where no rank has a value; and the total weight.
     """
     reference = running_mean.to(torch.float64)
     offset = mean.to(torch.float64) - reference
@@ -272,6 +279,6 @@ def _over_ranks(
     dist.all_reduce(sums, group=group)
     num_values = sums[-1]
     first, second = sums[:-1].view(2, -1) / num_values
-    batch_var = second if estimate else (second - first**2).clamp_min_(0)
+    batch_var = (second - first**2).clamp_min_(0)
     batch_mean, dtype = reference + first, mean.dtype
     return batch_mean.to(dtype), batch_var.to(dtype), num_values.to(dtype)

@@ -151,6 +151,16 @@ def run_counting(rank, world, estimate):
     return forward, carried[len(forward) :]
 
 
+def run_start(rank, world):
+    """A pass without values, then one far from zero, whose values are near."""
+    layer = SyncBCN(CHANNELS, GROUPS, start='first')
+    torch.manual_seed(0)
+    x = torch.randn(world, CHANNELS, 8, 8) * 0.1 + 1000
+    layer(x[:0])
+    y = layer(x[rank : rank + 1])
+    return x, y.detach(), {k: v.detach() for k, v in layer.named_buffers()}
+
+
 def run_all(rank, world):
     results = {
         f'{name} {estimate}': run_case(rank, world, name, estimate)
@@ -165,6 +175,7 @@ def run_all(rank, world):
             results[f'carried {estimate}'] = run_counting(rank, world, estimate)
         results['average'] = run_average(rank, world)
         results['group'] = run_group(rank, world)
+        results['start'] = run_start(rank, world)
     return results
 
 
@@ -281,6 +292,15 @@ def test_average_estimates(ranks):
         means = [b['3.running_mean'][level] for b in (before0, before1)]
         want = sum(w * m for w, m in zip(weights, means)) / sum(weights)
         torch.testing.assert_close(after0['3.running_mean'][level], want)
+
+
+def test_start_with_the_first_values(ranks):
+    for x, y, buffers in (r['start'] for r in ranks[2]):
+        assert buffers['num_batches_tracked'] == 1
+        across = x.double().transpose(0, 1).flatten(1)
+        var = across.var(1, correction=0).float()
+        torch.testing.assert_close(buffers['running_var'], var, rtol=1e-2, atol=0)
+        assert y.isfinite().all()
 
 
 def test_process_group(ranks):

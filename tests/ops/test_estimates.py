@@ -49,6 +49,25 @@ def test_an_average_is_that_of_all_samples(backend, rule, number, batch, seed):
     torch.testing.assert_close(var, samples.var(1, correction=0))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    rule=st.sampled_from([(None, 'identity'), (0.01, 'first'), (0.01, 'average')]),
+    mean=st.sampled_from([20.0, -300.0, 4000.0]),
+    batch=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+def test_a_start_far_from_zero_does_not_cancel(backend, rule, mean, batch, seed):
+    """Of values as far apart as 1000 roundings of their mean."""
+    torch.manual_seed(seed)
+    apart = 1e3 * torch.finfo(torch.float32).eps * abs(mean)
+    x = (torch.randn(batch, 3, 9, 9).double() * apart + mean).float()
+    got_mean, got_var, _ = passes([x], *rule, torch.zeros(3), torch.ones(3))
+    samples = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(got_mean.double(), samples.mean(1), rtol=2e-7, atol=0)
+    want = samples.var(1, correction=0)
+    torch.testing.assert_close(got_var.double(), want, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize('start, early', [('first', 1), ('average', 3)])
 def test_after_the_start_comes_the_papers_rule(backend, start, early):
     momentum = 0.25

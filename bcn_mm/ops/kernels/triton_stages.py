@@ -84,7 +84,7 @@ def _group(
 
 @triton.jit
 def _batch_statistics(
-    parts, stats, half, running_mean, c0, d0, N, n0, n1, R, C, D, L, S, chunk,
+    parts, stats, half, c0, d0, N, n0, n1, R, C, D, L, S, chunk,
     ESTIMATE: tl.constexpr, TRAINING: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
@@ -93,9 +93,6 @@ def _batch_statistics(
     channel = c0 + d
     first = tl.load(parts + channel * S, mask=d < D, other=0.0)
     first += tl.load(parts + 2 * half + channel, mask=d < D, other=0.0)
-    about = first
-    if ESTIMATE:
-        about = tl.load(running_mean + channel, mask=d < D, other=0.0).to(tl.float32)
     total = tl.zeros((BD,), tl.float32)
     square = tl.zeros((BD,), tl.float32)
     for start in range(n0, n1, BN):
@@ -103,11 +100,12 @@ def _batch_statistics(
         mean, var = merged_moments(parts, half, row, ok, L, S, chunk, BS)
         tl.store(stats + row, mean, mask=ok)
         tl.store(stats + R + row, var, mask=ok)
-        total += tl.sum(tl.where(ok, mean - first[None, :], 0.0), 0)
-        offset = mean - about[None, :]
+        offset = tl.where(ok, mean - first[None, :], 0.0)
+        total += tl.sum(offset, 0)
         square += tl.sum(tl.where(ok, var + offset * offset, 0.0), 0)
-    centre = first + total / N
-    spread = square / N
+    rest = total / N
+    centre = first + rest
+    spread = square / N - rest * rest
     if TRAINING and not ESTIMATE:
         tl.debug_barrier()
         total = tl.zeros((BD,), tl.float32)
@@ -123,8 +121,7 @@ def _batch_statistics(
         rest = total / N
         centre += rest
         spread = square / N - rest * rest
-        spread = tl.where(spread < 0, 0.0, spread)
-    return centre, spread
+    return centre, tl.where(spread < 0, 0.0, spread)
 
 
 @triton.jit
@@ -194,8 +191,8 @@ def stages_kernel(
     n1 = tl.minimum(n0 + portion, N)
     for d0 in range(0, D, BD):
         mean, var = _batch_statistics(
-            parts, stats, half, running_mean, c0, d0, N, n0, n1, R, C, D, L, S,
-            chunk, ESTIMATE, TRAINING, BN, BD, BS,
+            parts, stats, half, c0, d0, N, n0, n1, R, C, D, L, S, chunk,
+            ESTIMATE, TRAINING, BN, BD, BS,
         )  # fmt: skip
         d = d0 + tl.arange(0, BD)
         c = c0 + d
@@ -209,10 +206,10 @@ def stages_kernel(
             to = mean
             spread = var * unbiased
             if ESTIMATE:
-                # at a rate that is not small, the variance of what the estimates
-                # are a mean of
+                # about the estimate; at a rate that is not small, the variance of
+                # what the estimates are a mean of
                 step = mean - old_mean.to(tl.float32)
-                spread = var - large * step * step
+                spread = var + (1 - large) * step * step
             # unless the dtype of the estimates overflows
             to = to.to(old_mean.dtype)
             spread = spread.to(old_var.dtype)

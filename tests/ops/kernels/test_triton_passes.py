@@ -106,6 +106,22 @@ def close(got, want, slack=1e-5):
     assert (got.double() - want).abs().max() <= slack * size
 
 
+@pytest.mark.parametrize('momentum, start', EVERY_START)
+@pytest.mark.parametrize('shape', [(1, 4, 39, 41), (3, 6, 5, 7)])
+def test_a_start_far_from_zero_does_not_cancel(momentum, start, shape):
+    case = Case(shape, 2)
+    case.x = case.x * 0.01 + 300
+    case.mean, case.var = torch.zeros(shape[1]), torch.ones(shape[1])
+    _, _, (mean, var, _) = passes(case, True, True, False, momentum, start)
+    across = case.x.double().transpose(0, 1).flatten(1)
+    if momentum is None or (start != 'identity' and momentum < 1):
+        torch.testing.assert_close(mean.double(), across.mean(1), rtol=2e-7, atol=0)
+        want = across.var(1, correction=0)
+    else:
+        want = across.square().mean(1) * momentum + (1 - momentum)
+    torch.testing.assert_close(var.double(), want, rtol=1e-2, atol=0)
+
+
 def check(case, training, estimate, relu, slack=1e-5):
     y, grads, moved = case.definition(training, estimate, relu)
     got_y, got_grads, (mean, var, count) = passes(case, training, estimate, relu)
