@@ -14,6 +14,7 @@
 
 #include <torch/library.h>
 
+#include <array>
 #include <string>
 #include <tuple>
 
@@ -22,23 +23,45 @@
 
 namespace {
 
+// What a kernel reads must be where it runs
+void check_device(const MaybeTensor& t) {
+  TORCH_CHECK(
+      !t || t->is_cpu(), "the input is on the CPU, but a parameter or a running ",
+      "statistic is on ", t->device(), ": move the layer");
+}
+
 template <class A> const A* data_of(const MaybeTensor& t, int64_t size) {
   if (!t) return nullptr;
+  check_device(t);
   TORCH_CHECK(
       t->numel() == size && t->scalar_type() == c10::CppTypeToScalarType<A>::value &&
-          t->is_contiguous() && t->is_cpu(),
-      "expected a contiguous CPU tensor of ", size, " values in the dtype of statistics");
+          t->is_contiguous(),
+      "expected ", size, " values in the dtype of statistics, but got ", t->sizes(),
+      " of ", t->scalar_type());
   return static_cast<const A*>(t->data_ptr());
 }
 
-template <class A>
-Affine<A> affine_of(
-    const Shape& s, const MaybeTensor& batch_weight, const MaybeTensor& batch_bias,
-    const MaybeTensor& weight, const MaybeTensor& bias) {
-  return {
-      data_of<A>(batch_weight, s.channels), data_of<A>(batch_bias, s.channels),
-      data_of<A>(weight, s.groups), data_of<A>(bias, s.groups)};
-}
+// Affine parameters, of any strides
+class Parameters {
+ public:
+  Parameters(
+      const MaybeTensor& batch_weight, const MaybeTensor& batch_bias,
+      const MaybeTensor& weight, const MaybeTensor& bias)
+      : all_{dense(batch_weight), dense(batch_bias), dense(weight), dense(bias)} {}
+
+  template <class A> Affine<A> of(const Shape& s) const {
+    return {
+        data_of<A>(all_[0], s.channels), data_of<A>(all_[1], s.channels),
+        data_of<A>(all_[2], s.groups), data_of<A>(all_[3], s.groups)};
+  }
+
+ private:
+  static MaybeTensor dense(const MaybeTensor& t) {
+    return t ? MaybeTensor(t->contiguous()) : t;
+  }
+
+  std::array<MaybeTensor, 4> all_;
+};
 
 Tensor empty_saved(const Tensor& x) {
   return at::empty(
@@ -63,12 +86,15 @@ std::tuple<Tensor, Tensor> forward(
     Maybe<double> momentum, std::string start, const MaybeTensor& batch,
     bool repeats, const MaybeTensor& coef) {
   const Shape s(x, num_groups);
-  TORCH_CHECK(
-      running_mean.is_cpu() && running_var.is_cpu() &&
-          running_mean.numel() == s.channels && running_var.numel() == s.channels &&
-          running_mean.is_floating_point() &&
-          running_mean.scalar_type() == running_var.scalar_type(),
-      "expected running statistics of ", s.channels, " channels, on the CPU");
+  for (const auto* t : {&running_mean, &running_var}) {
+    check_device(*t);
+    TORCH_CHECK(
+        t->dim() == 1 && t->size(0) == s.channels && t->is_floating_point() &&
+            t->scalar_type() == running_mean.scalar_type(),
+        "expected running statistics of ", s.channels, " channels and one dtype");
+  }
+  check_device(num_batches_tracked);
+  const Parameters affine(batch_weight, batch_bias, weight, bias);
   Tensor y = at::empty_like(x), saved = empty_saved(x);
   const bool moves = training && !repeats;
   const Rule rule = rule_of(
@@ -79,8 +105,7 @@ std::tuple<Tensor, Tensor> forward(
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto affine = affine_of<A>(s, batch_weight, batch_bias, weight, bias);
-    Forward<T>{s, rule, affine, Saved<A>(static_cast<A*>(saved.data_ptr()), s),
+    Forward<T>{s, rule, affine.of<A>(s), Saved<A>(static_cast<A*>(saved.data_ptr()), s),
                Buffer(running_mean), Buffer(running_var), data, repeats,
                const_cast<A*>(data_of<A>(coef, 2 * s.rows()))}
         .run(static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu);
@@ -105,19 +130,19 @@ Five backward(
     bool relu, bool batch_statistics, bool needs_dx) {
   const Shape s(x, num_groups);
   check_alike(dy, x);
+  const Parameters affine(batch_weight, batch_bias, weight, bias);
   Tensor dx = needs_dx ? at::empty_like(x) : Tensor();
   Tensor d_batch_weight = like(batch_weight), d_batch_bias = like(batch_bias);
   Tensor d_weight = like(weight), d_bias = like(weight);  // given together
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    const auto affine = affine_of<A>(s, batch_weight, batch_bias, weight, bias);
     const auto data = [](Tensor& t) {
       return t.defined() ? static_cast<A*>(t.data_ptr()) : nullptr;
     };
     const Gradients<A> grads{
         data(d_batch_weight), data(d_batch_bias), data(d_weight), data(d_bias)};
-    Backward<T>{s, eps, batch_statistics, affine, grads,
+    Backward<T>{s, eps, batch_statistics, affine.of<A>(s), grads,
                 Saved<A>(static_cast<A*>(saved.data_ptr()), s)}
         .run(
             static_cast<const T*>(dy.data_ptr()), static_cast<const T*>(x.data_ptr()),
@@ -201,11 +226,19 @@ Tensor apply_add(
 
 // -- of the shapes alone -----------------------------------------------------
 
+// One tensor on the meta device is enough to bring a call here
+void check_fake(const Tensor& x) {
+  TORCH_CHECK(
+      x.is_meta(), "the input is on ", x.device(), ", but a parameter or a running ",
+      "statistic is on meta: load the layer, or move it with to_empty()");
+}
+
 std::tuple<Tensor, Tensor> fake_forward(
     const Tensor& x, const Tensor&, const Tensor&, const MaybeTensor&,
     const MaybeTensor&, const MaybeTensor&, const MaybeTensor&, const MaybeTensor&,
     int64_t, double, bool, bool, bool, Maybe<double>, std::string,
     const MaybeTensor&, bool, const MaybeTensor&) {
+  check_fake(x);
   return {at::empty_like(x), empty_saved(x)};
 }
 
@@ -213,11 +246,13 @@ Five fake_backward(
     const Tensor&, const Tensor& x, const Tensor&, const MaybeTensor& batch_weight,
     const MaybeTensor& batch_bias, const MaybeTensor& weight, const MaybeTensor&,
     int64_t, double, bool, bool, bool needs_dx) {
+  check_fake(x);
   return {needs_dx ? at::empty_like(x) : Tensor(), like(batch_weight),
           like(batch_bias), like(weight), like(weight)};
 }
 
 std::tuple<Tensor, Tensor> fake_rows(const Tensor& x) {
+  check_fake(x);
   const auto options = x.options().dtype(statistics_type(x));
   return {at::empty({x.size(0), x.size(1)}, options),
           at::empty({x.size(0), x.size(1)}, options)};
@@ -230,12 +265,14 @@ std::tuple<Tensor, Tensor> fake_reduce(const Tensor&, const Tensor& x, const Ten
 Tensor fake_apply(
     const Tensor& x, const Tensor&, const Tensor&, const Tensor&, bool,
     const MaybeTensor&) {
+  check_fake(x);
   return at::empty_like(x);
 }
 
 Tensor fake_apply_add(
     const Tensor&, const Tensor& x, const Tensor&, const Tensor&, const Tensor&,
     const Tensor&, const Tensor&) {
+  check_fake(x);
   return at::empty_like(x);
 }
 

@@ -152,9 +152,9 @@ def batch_channel_norm(
 
     Raises:
         TypeError: if ``x`` is not floating or ``num_groups`` no integer.
-        ValueError: if ``x`` is not 2- to 5-dimensional, has another number of
-            channels than ``running_mean`` has elements, or ``num_groups``
-            does not divide it.
+        ValueError: if ``x`` is not 2- to 5-dimensional, ``running_mean`` or
+            ``running_var`` is not of shape (C), or ``num_groups`` does not
+            divide C.
         RuntimeError: if a training pass is exported or traced, or compiled
             as a whole with an activation checkpoint around this.
 
@@ -181,9 +181,10 @@ def batch_channel_norm(
         )
     if not x.is_floating_point():
         raise TypeError(f'expected a floating input, but got {x.dtype}')
-    if x.shape[1] != running_mean.numel():
+    if not x.shape[1:2] == running_mean.shape == running_var.shape:
         raise ValueError(
-            f'expected {running_mean.numel()} channels, but got '
+            f'expected running statistics of one value per channel, but got shapes '
+            f'{tuple(running_mean.shape)} and {tuple(running_var.shape)} and '
             f'an input of shape {tuple(x.shape)}'
         )
     check_num_groups(num_groups, x.shape[1])
@@ -194,7 +195,9 @@ def batch_channel_norm(
         anchor = sum(0 * p.sum() for p in affine if p is not None)
         return (x + anchor).to(x.dtype)
     rule = Rule(training, estimate, momentum, start, eps)
-    running = Running(running_mean, running_var, num_batches_tracked)
+    # evaluation does not ask where the counter is: some checkpoints have none
+    passes = num_batches_tracked if training else None
+    running = Running(running_mean, running_var, passes)
     if is_compiling() and recomputation.active:
         # only Python knows what a checkpoint repeats
         return uncompiled(_normalize)(x, running, rule, affine, spec, group)
@@ -237,7 +240,8 @@ def _pass_by_pass(
 ) -> Tensor:
     with _autocast_off(x):
         with torch.no_grad():
-            moments = kernels.moments(x)
+            # constants to derivatives in forward mode too, which no_grad lets through
+            moments = kernels.moments(x.detach() if is_transforming() else x)
             batch = batch_of(moments, x.shape[2:].numel(), running, rule, group)
         if is_transforming():
             return portable.differentiable(x, batch, affine, spec)

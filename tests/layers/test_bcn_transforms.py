@@ -126,3 +126,20 @@ def test_torch_func(estimate, training):
     if not training:
         one = torch.func.vmap(lambda x: layer(x[None])[0])(x)
         torch.testing.assert_close(one, twin(x))
+
+
+@BATCH_STAGES
+@pytest.mark.parametrize('training', [True, False])
+def test_both_modes_of_differentiation_agree(estimate, training):
+    """<u, J v> is the same from either side; estimates are constants to both."""
+    layer = randomize(BCN(8, 2, momentum=0.5, estimate=estimate).double())
+    layer.train(training)
+    x, u, v = torch.randn(3, 2, 8, 4, 4, dtype=torch.double)
+
+    def norm(x):
+        state = {k: t.detach().clone() for k, t in layer.state_dict().items()}
+        return torch.func.functional_call(layer, state, (x,))
+
+    _, along = torch.func.jvp(norm, (x,), (v,))
+    _, pull = torch.func.vjp(norm, x)
+    torch.testing.assert_close((along * u).sum(), (pull(u)[0] * v).sum())

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, needs_torch, run
-from support.operands import LAYOUTS, operands
+from support.operands import AFFINE, LAYOUTS, operands
 from torch import nn
 
 from bcn_mm import BCN
@@ -154,6 +154,55 @@ def test_strides_of_single_values_mean_nothing(shape, layout):
             whole_pass(x, odd(dy), 1, training, estimate),
         ):
             assert all(map(torch.equal, got, want))
+
+
+@COMPILED
+@pytest.mark.parametrize('kept', [*AFFINE, 'running_mean', 'running_var', ''])
+@pytest.mark.parametrize('training', [True, False])
+def test_what_is_not_loaded_is_not_computed_with(kept, training):
+    """One tensor on meta; the dispatcher would have the answer made up."""
+    given = operands(4, 2, torch.float)
+    count = torch.tensor(0)
+    if kept:
+        given[kept] = given[kept].to('meta')
+    else:
+        count = count.to('meta')
+    how = dict(training=training, num_batches_tracked=count)
+    x = torch.randn(2, 4, 3, 3)
+    with using('cpp'):
+        if not kept and not training:  # which asks for no counter
+            want = batch_channel_norm(x, 2, **given)
+            assert torch.equal(batch_channel_norm(x, 2, **given, **how), want)
+            return
+        with pytest.raises(RuntimeError, match='on meta'):
+            batch_channel_norm(x, 2, **given, **how)
+
+
+@COMPILED
+def test_a_layer_that_is_read_without_copies_and_counters():
+    source, x = BCN(4, 2).eval(), torch.randn(2, 4, 3, 3)
+    state = source.state_dict()
+    del state['num_batches_tracked']
+    with torch.device('meta'):
+        layer = BCN(4, 2).eval()
+    layer.load_state_dict(state, strict=False, assign=True)
+    assert torch.equal(layer(x), source(x))
+
+
+@pytest.mark.parametrize('name', AFFINE)
+def test_parameters_of_any_strides(backend, name):
+    given = operands(4, 2, torch.float)
+    given = {k: v.requires_grad_(k in AFFINE) for k, v in given.items()}
+    x, dy = torch.randn(2, 2, 4, 3, 3)
+    results = []
+    for strided in (False, True):
+        if strided:  # every other value of twice as many
+            wide = given[name].detach().repeat_interleave(2)
+            given[name] = wide.requires_grad_()[::2]
+        y = batch_channel_norm(x, 2, **given)
+        leaves = [given[k] for k in AFFINE]
+        results.append([y, *torch.autograd.grad(y, leaves, dy)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @COMPILED
