@@ -51,8 +51,11 @@ class _WSConv:
         self, destination: State, prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # beside the version, which torch and mmengine both put there
-        destination._metadata[prefix[:-1]][METADATA] = self.dialect
+        # beside the version, which torch and mmengine both put there, but not
+        # into a plain dict
+        metadata = getattr(destination, '_metadata', None)
+        if metadata is not None:
+            metadata[prefix[:-1]][METADATA] = self.dialect
 
     def _load_from_state_dict(
         self,

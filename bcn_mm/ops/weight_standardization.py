@@ -134,5 +134,7 @@ def _plain(weight: Tensor, eps: float, dialect: str) -> Tensor:
     flat = work.flatten(1)
     centred = flat - flat.mean(1, keepdim=True)
     var = flat.var(1, correction=int(unbiased), keepdim=True)
-    divisor = (var + eps).sqrt() if under_root else var.sqrt() + eps
+    # of a filter of equal weights the root has no derivative, but the result has
+    some = var.clamp_min(torch.finfo(var.dtype).tiny)
+    divisor = (var + eps).sqrt() if under_root else some.sqrt() + eps
     return (centred / divisor).view_as(weight).to(weight.dtype)

@@ -49,6 +49,13 @@ def test_dialect_travels_with_the_weights(tmp_path):
         nn.Sequential(WSConv2d(4, 8, 3)).load_state_dict(state)
 
 
+def test_a_plain_dict_takes_the_weights():
+    """As torch lets it, of any module."""
+    conv, state = WSConv2d(3, 8, 3), {}
+    conv.state_dict(destination=state, prefix='conv.')
+    assert list(state) == ['conv.weight', 'conv.bias']
+
+
 def test_autocast():
     """Standardization in float32, the convolution in low precision."""
     conv = WSConv2d(4, 8, 3)

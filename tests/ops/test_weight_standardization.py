@@ -55,6 +55,20 @@ def test_constant_filter_is_zero_with_finite_gradient(dialect, backend):
     assert torch.isfinite(w.grad).all()
 
 
+@pytest.mark.parametrize('dialect', DIALECTS)
+def test_constant_filter_under_transforms(dialect):
+    weight = torch.randn(3, 2, 3, 3)
+    weight[1] = 0.5
+    factor = torch.randn_like(weight)
+
+    def loss(weight):
+        return (standardize_weight(weight, dialect=dialect) * factor).sum()
+
+    leaf = weight.clone().requires_grad_()
+    (want,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(weight), want)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="'stdev'.*'std', 'var'"):
         standardize_weight(torch.randn(2, 3, 1, 1), dialect='stdev')
