@@ -137,7 +137,7 @@ class ConvTracer(TensorTracer):
         sources = self.sources.get(norm)
         if not sources:
             return None, UNUSED
-        if norm._forward_pre_hooks:
+        if norm._forward_pre_hooks or norm._forward_hooks:
             return None, 'it has hooks'
         if norm.num_levels > 1:
             return None, f'it has estimates for {norm.num_levels} levels'

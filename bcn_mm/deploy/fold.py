@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from ..layers import BCN, WS_CONVS
 from ..layers.levels import LevelCounter
+from ..layers.replace import take_hooks
 from ..ops import affine_group_norm, batch_affine
 from ..ops._compat import tree_leaves
 from .compare import largest_difference
@@ -93,9 +94,9 @@ def fold(
     is watched, and the batch stage stays, as an explicit affine, unless in
     every call the norm's input was the very output of one convolution and
     nothing else saw that output. It also stays if the norm has estimates for
-    several levels. So the pass has to be one that uses all of the model; a
-    norm that nothing passed through keeps its batch stage. Another pass then
-    compares the result with the model.
+    several levels, or hooks, which then see what they saw before. So the pass
+    has to be one that uses all of the model; a norm that nothing passed through
+    keeps its batch stage. Another pass then compares the result with the model.
 
     Args:
         model (nn.Module): In evaluation mode; it is left as it is.
@@ -136,6 +137,7 @@ def fold(
         conv, reason = tracer.source_of(norm)
         if conv is None:
             replacement[norm] = AffineGroupNorm(norm).eval()
+            take_hooks(replacement[norm], norm)
             foldings.append(Folding(names[norm], None, reason))
             continue
         replacement[norm] = nn.GroupNorm(

@@ -269,8 +269,10 @@ class BCN(nn.GroupNorm):
     def train(self, mode: bool = True) -> 'BCN':
         if self._levels:
             self._levels.reset()
-        if self.weight is not None and not self.weight.requires_grad:
-            (frozen.watch if mode else frozen.forget)(self)
+        if not mode:
+            frozen.forget(self)
+        elif self.weight is not None and not self.weight.requires_grad:
+            frozen.watch(self)
         return super().train(mode)
 
     def _group(self) -> Optional['dist.ProcessGroup']:

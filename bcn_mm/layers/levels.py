@@ -100,7 +100,8 @@ def _begin_call(module: nn.Module, inputs: Tuple[Any, ...]) -> None:
                 current.frame = _outermost_call(frame)
             current.drop_if_over(frame)
     # a layer that is called from outside of any module begins nothing
-    if current.depth > 0 or not hasattr(module, '_levels'):
+    counter = getattr(module, '_levels', None)
+    if current.depth > 0 or not isinstance(counter, LevelCounter):
         current.begin(frame)
 
 

@@ -65,6 +65,29 @@ def test_only_the_layers_that_a_pass_uses_are_folded():
         assert largest_difference(folded.spare(x), net.spare(x)) < 1e-5
 
 
+@pytest.mark.parametrize('pre', [True, False])
+def test_hooks_of_a_norm_see_what_they_saw(pre):
+    net, shape = seq(WSConv2d(4, 8, 3), BCN(8))
+    randomize(net)
+    seen, x = [], torch.randn(shape)
+
+    def hook(module, inputs, output=None):
+        seen.append((inputs[0], output))
+        return None if pre else output * 2
+
+    norm = net.norm
+    (norm.register_forward_pre_hook if pre else norm.register_forward_hook)(hook)
+    report = []
+    folded = fold(net, x, report=report)
+    assert [f.note for f in report if f.norm] == ['it has hooks']
+    seen.clear()
+    with torch.no_grad():
+        assert largest_difference(folded(x), net(x)) < 1e-5
+    (got, made), (want, expected) = seen
+    assert largest_difference(got, want) < 1e-5
+    assert pre or largest_difference(made, expected) < 1e-5
+
+
 def test_a_model_that_is_a_norm():
     norm = randomize(BCN(8))
     x = torch.randn(2, 8, 5, 5)

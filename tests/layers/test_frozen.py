@@ -97,6 +97,11 @@ def test_frozen_stages(log):
     assert not said(log)
 
 
+def test_a_norm_that_thaws_before_it_is_evaluated(log):
+    net = frozen_net().train().requires_grad_(True).eval()
+    assert not any(m._forward_pre_hooks for m in net.modules())
+
+
 def frozen_net():
     return nn.Sequential(nn.Conv2d(3, 8, 1), BCN(8), BCN(8)).requires_grad_(False)
 

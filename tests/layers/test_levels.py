@@ -117,6 +117,22 @@ def test_a_pass_begins_with_the_outermost_module(passes, wrapped, estimate, trai
     assert_equal_estimates(layer, layers)
 
 
+def test_a_head_with_an_attribute_of_the_same_name():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tower = nn.Sequential(nn.Conv2d(4, 8, 1), BCN(8, num_levels=3))
+            self._levels = 3
+
+        def forward(self, levels):
+            return [self.tower(x) for x in levels]
+
+    head = Head()
+    for _ in range(2):
+        head([torch.randn(1, 4, size, size) for size in (8, 4, 2)])
+    assert head.tower[1].num_batches_tracked.tolist() == [2, 2, 2]
+
+
 def test_a_head_that_is_called_twice_in_a_pass():
     layer = shared()
     layers = separate(layer)
