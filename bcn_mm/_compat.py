@@ -9,7 +9,6 @@ tools have them through ``custom_imports``; the tools here add
 import functools
 import importlib.util
 import sys
-from collections import OrderedDict
 from functools import partial, wraps
 from importlib import import_module
 from types import SimpleNamespace
@@ -24,7 +23,7 @@ from torch.nn.utils import fusion
 
 from .layers import WS_CONVS
 from .layers.replace import take_hooks
-from .weights.loading import prepare_state_dict
+from .weights.loading import part_of_state, prepare_state_dict
 from .weights.norm_layouts import State
 from .weights.unpickling import allow_mmengine_checkpoints, as_data
 
@@ -62,16 +61,10 @@ def _load_with_prefix(prefix: str, filename: str, map_location=None) -> State:
         filename, map_location=map_location
     )
     state = checkpoint.get('state_dict', checkpoint)
-    metadata = getattr(state, '_metadata', None) or {}
     prefix = prefix if prefix.endswith('.') else f'{prefix}.'
-    part = OrderedDict(
-        (k[len(prefix) :], v) for k, v in state.items() if k.startswith(prefix)
-    )
+    part = part_of_state(state, prefix)
     if not part:
         raise ValueError(f'{prefix} is not in the checkpoint {filename}')
-    part._metadata = OrderedDict(
-        (k[len(prefix) :], v) for k, v in metadata.items() if k.startswith(prefix)
-    )
     return part
 
 

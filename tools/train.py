@@ -22,11 +22,14 @@ from bcn_mm.engine.launch import (
     taken_back,
 )
 from bcn_mm.errors import InputError
+from bcn_mm.weights.loading import check_dialects
 from bcn_mm.weights.reading import (
     check_match,
     check_optimizer,
     check_resumable,
+    check_starts,
     read_checkpoint,
+    unwrapped,
 )
 
 SAVES_MEMORY = 'RecomputeActivationsHook'
@@ -133,6 +136,9 @@ def main() -> None:
         if isinstance(runner, Runner):  # FlexibleRunner builds all later
             if checkpoint and cfg.get('resume'):
                 check_match(runner.model, checkpoint, cfg.load_from)
+            elif checkpoint:
+                check_dialects(unwrapped(runner.model), checkpoint['state_dict'])
+            check_starts(runner.model)
             # missing annotations too, and what the optimizer refuses
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
             if checkpoint and cfg.get('resume'):

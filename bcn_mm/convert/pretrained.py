@@ -6,12 +6,14 @@ from mmengine.config import Config, ConfigDict
 from torch import nn
 
 from ..errors import InputError
-from ..layers import BCN
+from ..layers import BCN, WS_CONVS
+from ..weights.loading import check_dialects, dialects_of, part_of_state
 from ..weights.norm_layouts import INNER, State, layout_of
 from ..weights.reading import read_checkpoint
 from .context import Context
 from .model import build_model
 from .tree import part_of
+from .types import type_name
 
 # Where a component names what it starts from.
 _KEYS = ('init_cfg', 'pretrained')
@@ -96,11 +98,35 @@ def _set_pretrained(context: Context, node: ConfigDict, path: str) -> None:
         state = read_checkpoint(checkpoint)['state_dict']
         if any(key.startswith('backbone.') for key in state):
             init_cfg.prefix = 'backbone.'
-            state = {k[9:]: v for k, v in state.items() if k.startswith('backbone.')}
+            state = part_of_state(state, 'backbone.')
+        _standardize_as(context, node.backbone, f'{path}.backbone', state)
         _check_fits(context, node.backbone, state)
     context.change(node.backbone, 'init_cfg', init_cfg, f'{path}.backbone')
     if node.get('pretrained'):
         context.change(node, 'pretrained', None, path)
+
+
+def _standardize_as(context: Context, node: dict, path: str, state: State) -> None:
+    """Give a backbone the dialect of the weights that it starts from.
+
+    Raises:
+        InputError: if they were trained with one, and it standardizes nothing.
+    """
+    trained = sorted(set(dialects_of(state).values()))
+    if not trained:
+        return
+    conv_cfg = node.get('conv_cfg') or {}
+    if type_name(conv_cfg) not in {kind.__name__ for kind in WS_CONVS}:
+        cure = (
+            'it is of another one' if context.ws else 'convert it with ws=True (--ws)'
+        )
+        raise InputError(
+            f'pretrained: checkpoint {context.pretrained} was trained with weight '
+            f'standardization (dialect={trained[0]!r}), which the backbone has not: '
+            f'{cure}'
+        )
+    conv_cfg = ConfigDict(conv_cfg, dialect=trained[0])
+    context.change(node, 'conv_cfg', conv_cfg, path, 'the dialect of its weights')
 
 
 def _check_fits(context: Context, node: dict, state: State) -> None:
@@ -129,6 +155,7 @@ def _check_fits(context: Context, node: dict, state: State) -> None:
                 f'{path} is of another backbone: {name} is {tuple(value.shape)} in '
                 f'the model and {given} in the file'
             )
+    check_dialects(model, state)
 
 
 def _entries(value: Any) -> list:

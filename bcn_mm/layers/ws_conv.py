@@ -5,6 +5,7 @@ from typing import Any, Dict, List
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
+from ..errors import DialectError
 from ..ops import check_dialect, standardize_weight
 from ..weights.norm_layouts import State
 from ..weights.report import load_report
@@ -74,7 +75,7 @@ class _WSConv:
         elif trained != self.dialect:
             # not among the error messages, which mmengine's loader logs
             # before it goes on with the wrong network
-            raise RuntimeError(
+            raise DialectError(
                 f'{prefix[:-1]}: the checkpoint was trained with weight '
                 f'standardization dialect={trained!r}, this layer has '
                 f'dialect={self.dialect!r}; set conv_cfg=dict('
@@ -104,7 +105,8 @@ class WSConv2d(_WSConv, nn.Conv2d):
     the parameters are those of ``nn.Conv2d``, so checkpoints of plain
     convolutions and of mmcv's ``ConvWS`` load. Which dialect a model was
     trained with travels in the state dict's metadata, and loading it into a
-    layer of another dialect is a RuntimeError.
+    layer of another dialect is a :class:`bcn_mm.errors.DialectError`, which is a
+    RuntimeError.
 
     Source: arXiv:1903.10520v2; see :func:`bcn_mm.ops.standardize_weight`.
 

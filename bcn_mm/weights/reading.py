@@ -5,10 +5,12 @@ import pickle
 import re
 from typing import Optional, Union
 
+from mmengine.model import is_model_wrapper
 from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import DialectError, InputError
+from .loading import check_dialects, part_of_state
 from .norm_layouts import State
 from .unpickling import load_weights
 
@@ -76,6 +78,7 @@ def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
 
     Raises:
         InputError: says how much matched, and the first tensor that did not.
+        DialectError: as :func:`.loading.check_dialects`.
     """
 
     def shapes(state: State) -> dict:
@@ -90,6 +93,7 @@ def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
     own, given = shapes(model.state_dict()), shapes(checkpoint['state_dict'])
     matched = sum(given.get(k) == shape for k, shape in own.items())
     if matched == len(own) == len(given):
+        check_dialects(unwrapped(model), checkpoint['state_dict'])
         return
     name = next(k for k in (*own, *given) if own.get(k) != given.get(k))
     raise InputError(
@@ -98,6 +102,37 @@ def check_match(model: nn.Module, checkpoint: dict, path: str) -> None:
         f'the first that does not is {name} (model: '
         f'{own.get(name, "absent")}, file: {given.get(name, "absent")})'
     )
+
+
+def check_starts(model: nn.Module) -> None:
+    """Make sure that a model standardizes the weights that its parts start from.
+
+    Those of local files that ``init_cfg`` names, which mmengine loads later.
+
+    Args:
+        model (nn.Module): Built, not initialized.
+
+    Raises:
+        DialectError: as :func:`.loading.check_dialects`; names the part.
+    """
+    for name, module in unwrapped(model).named_modules():
+        given = getattr(module, 'init_cfg', None)
+        for entry in given if isinstance(given, list) else [given]:
+            path = entry.get('checkpoint') if isinstance(entry, dict) else None
+            if not isinstance(path, str) or not os.path.isfile(path):
+                continue
+            state, prefix = read_checkpoint(path)['state_dict'], entry.get('prefix')
+            if prefix:
+                state = part_of_state(state, f'{prefix.rstrip(".")}.')
+            try:
+                check_dialects(module, state)
+            except DialectError as e:
+                raise DialectError(f'{name}.{e}' if name else str(e)) from e
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model, without what distributes it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def check_resumable(checkpoint: dict, path: str) -> None:

@@ -119,6 +119,27 @@ def test_pretrained_bcn_weights(tmp_path):
     assert cfg.model.backbone.init_cfg.checkpoint.endswith('x.pth')
 
 
+@pytest.mark.parametrize('dialect', ['std', 'var'])
+@pytest.mark.parametrize('prefix', ['', 'backbone.'])
+def test_pretrained_weights_know_their_dialect(dialect, prefix, tmp_path):
+    source = read_config(STOCK['names its norm'])
+    source.model.backbone.update(depth=18, init_cfg=None)
+    source.model.neck.in_channels = [64, 128, 256, 512]
+    given = to_bcn(source, ws=True)
+    given.model.backbone.conv_cfg.dialect = dialect
+    donor = model_of(given, 'cpu')
+    path = tmp_path / 'a.pth'
+    torch.save((donor if prefix else donor.backbone).state_dict(), path)
+    cfg = to_bcn(source, ws=True, pretrained=str(path))
+    assert cfg.model.backbone.conv_cfg.dialect == dialect
+    assert to_bcn(cfg, ws=True, pretrained=str(path)).to_dict() == cfg.to_dict()
+    model = model_of(cfg, 'cpu')
+    model.init_weights()
+    assert model.backbone.conv1.dialect == dialect
+    with pytest.raises(InputError, match=f"a.pth .*'{dialect}'.*--ws"):
+        to_bcn(source, pretrained=str(path))
+
+
 @functools.lru_cache(maxsize=None)
 def bad_checkpoints():
     source = read_config(STOCK['names its norm'])

@@ -287,6 +287,40 @@ def test_bad_input_to_train(words, message, shapes, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def starting_from(file):
+    config = file.with_suffix('.py')
+    start = dict(type='Pretrained', checkpoint=str(file), prefix='backbone')
+    start['_delete_'] = True
+    config.write_text(
+        f"_base_ = '{ROOT / CONFIGS['det']}'\n"
+        f'model = dict(backbone=dict(init_cfg={start}))\n'
+    )
+    return config
+
+
+WAYS = {
+    'test': lambda file: ('tools/test.py', CONFIGS['det'], file, CFG),
+    'resume': lambda file: ('tools/train.py', CONFIGS['det'], '--resume', file, CFG),
+    'load_from': lambda file: (
+        *('tools/train.py', CONFIGS['det'], CFG, f'load_from={file}'),
+    ),
+    'init_cfg': lambda file: ('tools/train.py', starting_from(file), CFG),
+}
+
+
+@pytest.mark.parametrize('way', WAYS.values(), ids=WAYS)
+def test_weights_of_another_dialect(way, trained, shapes, tmp_path):
+    task, folder = trained
+    if task != 'det':
+        pytest.skip('one task is enough')
+    words = [*way(checkpoints(folder)[-1]), 'model.backbone.conv_cfg.dialect=var']
+    words += ['work_dir=' + str(tmp_path / 'w')]
+    done = run(sys.executable, *words, *SHORT['det'], SHAPES_ROOT=str(shapes))
+    line = one_line(done)
+    assert re.search("backbone.conv1: .*dialect='std'.*with 'var'; set conv_cfg", line)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     'recipe, theirs',
     [
