@@ -89,6 +89,11 @@ def _replace_norm(
     """Replace a norm unless it stays; tells whether ``node[key]`` is a BCN."""
     value = node[key]
     if issubclass(norm, BCN):
+        if context.selects(path):
+            asked = ConfigDict({**value, **copy.deepcopy(context.asked)})
+            if type_name(asked) == type_name(value):  # a class and its name, perhaps
+                asked.type = value.type
+            context.change(node, key, asked, path.rpartition('.')[0])
         return True
     if not is_replaceable(norm):
         context.keep(

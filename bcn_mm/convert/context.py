@@ -37,6 +37,7 @@ class Context:
     Attributes:
         registry (Registry): Where the config's types are looked up.
         norm_cfg (ConfigDict): What replaces the norms.
+        asked (dict): What of it was asked for, and goes for norms that are BCN too.
         ws (bool): Whether convolutions become weight-standardized.
         only (Sequence[str], optional): The parts to convert; None for all.
         pretrained (str, optional): A backbone's checkpoint, trained with BCN.
@@ -54,6 +55,7 @@ class Context:
 
     registry: Registry
     norm_cfg: ConfigDict
+    asked: Dict[str, Any] = field(default_factory=dict)
     ws: bool = False
     only: Optional[Sequence[str]] = None
     pretrained: Optional[str] = None

@@ -56,7 +56,8 @@ def to_bcn(
     Args:
         cfg (Config): Left as it is.
         norm_cfg (dict, optional): What replaces the norms, ``type='BCN'``
-            unless it says otherwise. Default: ``dict(type='BCN')``.
+            unless it says otherwise; norms that are BCN already take over
+            what it says. Default: ``dict(type='BCN')``.
         ws (bool): Whether the convolutions of the components whose norms are
             replaced become weight-standardized. Default: False.
         only (Sequence[str], optional): The parts to convert, of
@@ -97,16 +98,19 @@ def to_bcn(
         raise ValueError('the config has no model')
     cfg = copy.deepcopy(cfg)
     with in_scope(cfg) as registry:
-        norm_cfg = _complete(norm_cfg, registry)
+        asked, norm_cfg = norm_cfg or {}, _complete(norm_cfg, registry)
         detector = find_detector(cfg.model, 'model')[0]
         loads = bool(cfg.get('load_from') or detector.get('pretrained'))
-        context = Context(registry, norm_cfg, ws, only, pretrained, loads)
+        context = Context(registry, norm_cfg, asked, ws, only, pretrained, loads)
         convert_components(context, cfg.model, 'model')
         node, path = find_detector(cfg.model, 'model')
         convert_checkpoints(context, cfg, node, path)
         convert_by_model(context, node, path)
         if context.norms:
             add_package(context, cfg)
+        if cfg.get('work_dir'):
+            note = 'the same as without BCN; --work-dir takes another one'
+            context.keep('work_dir', cfg.work_dir, note)
         if is_new_style(cfg):
             use_classes(cfg)
     if batch_size is not None:

@@ -170,12 +170,22 @@ def write_config(cfg: Config, source: str, path: str) -> None:
             )
 
 
+def _from(folder: str, source: str) -> str:
+    """What a config in a folder calls another one.
+
+    Behind a link '..' is one folder to mmengine and another one to the system.
+    """
+    if osp.realpath(folder) != folder:
+        return osp.abspath(source)
+    return osp.relpath(source, folder)
+
+
 def _old_style_text(cfg: Config, source: str, folder: str) -> str:
     if source.startswith('bcn_mm::'):
         bases = _bases_elsewhere(source)
         stock = _read_bases(bases)
     else:
-        bases = [source if '::' in source else osp.relpath(source, folder)]
+        bases = [source if '::' in source else _from(folder, source)]
         stock = read_config(source)
     text = Config(difference(stock.to_dict(), cfg.to_dict())).pretty_text
     base = bases[0] if len(bases) == 1 else bases

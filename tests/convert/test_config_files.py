@@ -18,6 +18,21 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize('behind', ['source', 'target'])
+def test_folders_behind_links(behind, tmp_path):
+    real, other = tmp_path / 'a/b/c', tmp_path / 'd'
+    real.mkdir(parents=True)
+    other.mkdir()
+    (tmp_path / 'link').symlink_to(real)
+    folders = [tmp_path / 'link', other]
+    source, out = folders if behind == 'source' else reversed(folders)
+    (source / 'base.py').write_text(f"_base_ = '{RETINA}'\n")
+    source = str(source / 'base.py')
+    cfg = to_bcn(read_config(source))
+    write_config(cfg, source, str(out / 'bcn.py'))
+    assert read_config(str(out / 'bcn.py')).to_dict() == cfg.to_dict()
+
+
 @pytest.mark.parametrize(
     'base, new',
     [

@@ -94,6 +94,33 @@ def test_norm_cfg():
     assert layers and all(m.sync and m.num_groups == 16 for m in layers)
 
 
+def test_norm_cfg_of_what_is_bcn():
+    """What it says is taken over, and nothing else is touched."""
+    source = read_config(RETINA)
+    source.model.backbone.norm_cfg = dict(type='BCN', num_groups=8)
+    source.model.bbox_head.norm_cfg = dict(type='BCN', num_levels=5)
+    source = to_bcn(source)
+    assert to_bcn(source, norm_cfg=dict(type='BCN')).to_dict() == source.to_dict()
+    changes = []
+    cfg = to_bcn(source, norm_cfg=dict(type='SyncBCN'), changes=changes)
+    assert cfg.model.backbone.norm_cfg == dict(type='SyncBCN', num_groups=8)
+    assert cfg.model.bbox_head.norm_cfg == dict(type='SyncBCN', num_levels=5)
+    assert {c.path for c in changes} >= {'model.backbone.norm_cfg'}
+    only = to_bcn(source, norm_cfg=dict(momentum=0.1), only=['heads'])
+    head = dict(type='BCN', num_levels=5, momentum=0.1)
+    assert only.model.bbox_head.norm_cfg == head
+    assert only.model.backbone == source.model.backbone
+
+
+def test_a_work_dir_is_said_to_stay():
+    source, changes = read_config(RETINA), []
+    source.work_dir = 'work_dirs/stock'
+    cfg = to_bcn(source, changes=changes)
+    assert cfg.work_dir == source.work_dir
+    (note,) = [c.note for c in changes if c.path == 'work_dir']
+    assert '--work-dir' in note
+
+
 def test_what_the_config_has_is_kept():
     cfg = read_config(RETINA)
     cfg.custom_imports = dict(imports=['mmdet.models'])

@@ -75,6 +75,15 @@ def test_options(tmp_path, python):
     assert cfg.model.backbone.type == 'BiSeNetV1'
 
 
+def test_what_is_left_is_said_once(tmp_path, python):
+    shown = python(
+        *(TOOL, FCOS, '-o', tmp_path / 'c.py', '--dry-run', '--only', 'neck'),
+        COLUMNS='200',
+    )
+    rows = re.findall(r'^ *model\.(\w+) +(\d+ x \w+) ', shown, re.M)
+    assert len(rows) == len(set(rows)) >= 2
+
+
 def test_as_many_pictures(tmp_path, python):
     out = tmp_path / 'c.py'
     python(TOOL, BISENET, '-o', out, '--batch-size', 1, '--keep-epochs')

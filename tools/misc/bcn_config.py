@@ -199,7 +199,10 @@ def main() -> None:
             changes=changes,
         )
         try:
-            changes += norms_left(cfg, args.only)
+            told = {(change.path, change.note) for change in changes}
+            for change in norms_left(cfg, args.only):
+                if (change.path, change.note) not in told:
+                    changes.append(change)
         except Exception as e:
             raise InputError(
                 f'the converted model cannot be built: {describe(e)}'
@@ -213,11 +216,11 @@ def main() -> None:
             soft_wrap=True,
         )
     elif changes:
-        console.print(table_of(changes, f'{args.source} -> {args.out}'))
+        console.print(table_of(changes, escape(f'{args.source} -> {args.out}')))
     if cfg.to_dict() == stock.to_dict():
         console.print('Nothing to change.')
     done = 'Nothing was written.' if args.dry_run else f'Wrote {args.out}'
-    console.print(done, soft_wrap=True)
+    console.print(done, soft_wrap=True, markup=False)
 
 
 if __name__ == '__main__':
