@@ -22,6 +22,7 @@ from bcn_mm.engine.launch import (
     taken_back,
 )
 from bcn_mm.errors import InputError
+from bcn_mm.layers import BCN
 from bcn_mm.weights.loading import check_dialects
 from bcn_mm.weights.reading import (
     check_match,
@@ -122,6 +123,24 @@ def read_start(cfg) -> dict:
     return checkpoint
 
 
+def check_norms(cfg, model) -> None:
+    """Make sure that a BCN at the top of a config is the norm of something.
+
+    There it is a variable, which the base configs have put to use before it is
+    given another value.
+    """
+    asked = type_name(cfg.get('norm_cfg'))
+    if asked in ('BCN', 'SyncBCN') and not any(
+        isinstance(layer, BCN) for layer in model.modules()
+    ):
+        raise InputError(
+            f'norm_cfg at the top of the config is {asked}, but no norm of the model '
+            f'is: give it to the components (model=dict(backbone=dict(norm_cfg='
+            f"dict(type='{asked}')))), or convert the config "
+            f'(python tools/misc/bcn_config.py CONFIG -o NEW_CONFIG)'
+        )
+
+
 def main() -> None:
     args = parse_args()
     with one_line_errors(args.config), contextlib.ExitStack() as stack:
@@ -134,6 +153,7 @@ def main() -> None:
         stack.enter_context(taken_back(cfg.work_dir, cfg.filename))
         runner = build_runner(cfg)
         if isinstance(runner, Runner):  # FlexibleRunner builds all later
+            check_norms(cfg, runner.model)
             if checkpoint and cfg.get('resume'):
                 check_match(runner.model, checkpoint, cfg.load_from)
             elif checkpoint:

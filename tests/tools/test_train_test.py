@@ -237,7 +237,16 @@ def test_stock_tools_through_custom_imports(shapes, tmp_path, python):
 # -- bad input ends in one line ----------------------------------------------
 
 CFG = '--cfg-options'
+NO_BCN = [
+    *('model.backbone.norm_cfg.type=BN', 'model.neck.norm_cfg.type=BN'),
+    'model.roi_head.bbox_head.norm_cfg.type=BN',
+    'model.roi_head.mask_head.norm_cfg.type=BN',
+]
 BAD = {
+    'norm at the top': (
+        [CFG, 'norm_cfg.type=BCN', *NO_BCN],
+        r"norm_cfg at the top .* is BCN, but no norm .*norm_cfg=dict\(type='BCN'\)",
+    ),
     'groups': (
         [CFG, 'model.backbone.norm_cfg.num_groups=7'],
         r'num_groups=7 does not divide 32',
