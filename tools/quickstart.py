@@ -20,6 +20,7 @@ import numpy as np
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import TextColumn
 from rich.table import Table
 
@@ -65,7 +66,9 @@ console = Console()
 
 def call(words: list, log: Path, what: str, environment: dict, passes: int = 1) -> None:
     """Run one of the tools with a progress bar fed by what it logs."""
-    console.print(f'[dim]$ {shlex.join(["python", *map(str, words)])}')
+    given = [f'{name}={shlex.quote(value)}' for name, value in environment.items()]
+    typed = ' '.join([*given, shlex.join(['python', *map(str, words)])])
+    console.print(f'[dim]$ {escape(typed)}')
     log.parent.mkdir(parents=True, exist_ok=True)
     process = subprocess.Popen(
         [sys.executable, *map(str, words)],

@@ -118,6 +118,14 @@ class Options(DictAction):
             except Exception as e:
                 end(f'{option_string} {word}: {e}')
 
+    @staticmethod
+    def _parse_iterable(val: str) -> Any:
+        """mmengine's, which takes the spaces out of everything: not of a path."""
+        text = val.strip('\'" ')
+        if ' ' in text and ',' not in text and text[0] not in '([':
+            return text
+        return DictAction._parse_iterable(val)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that ``tools/train.py`` and ``tools/test.py`` share.

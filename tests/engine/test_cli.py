@@ -32,6 +32,28 @@ def given(path, **options):
     return args
 
 
+@pytest.mark.parametrize(
+    'text, value',
+    [
+        ('my data/x.pth', 'my data/x.pth'),
+        ("'my data/x.pth'", 'my data/x.pth'),
+        ('x.pth', 'x.pth'),
+        (' 3 ', 3),
+        ('0.5', 0.5),
+        ('None', None),
+        ('1, 2', [1, 2]),
+        ('(1, 2)', (1, 2)),
+        ('[(1, 2), a b]', [(1, 2), 'ab']),
+        ('', ''),
+    ],
+)
+def test_values_of_options(text, value):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    args = parser.parse_args(['--cfg-options', f'a={text}'])
+    assert args.cfg_options == dict(a=value)
+
+
 def test_load_config(tmp_path):
     path = tmp_path / 'c.py'
     path.write_text('a = dict(b=1, c=[1, 2])')

@@ -56,6 +56,31 @@ def test_shapes_do_not_overwrite(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ['mine']
 
 
+@pytest.mark.parametrize(
+    'words, message',
+    [
+        (['ROOT', '--size', 8], '--size 8: '),
+        (['ROOT', '--train', -2], '--train -2'),
+        (['FILE'], 'FILE is a file'),
+        (['FILE/x'], 'FILE'),
+    ],
+)
+def test_shapes_of_wrong_arguments(words, message, tmp_path):
+    (tmp_path / 'FILE').write_text('years of work')
+    place, *words = words
+    done = run(sys.executable, SHAPES, tmp_path / place, *words)
+    assert done.returncode == 1
+    (line,) = done.stdout.splitlines()
+    assert line.startswith('error: ') and message in line
+    assert [f.name for f in tmp_path.iterdir()] == ['FILE']
+
+
+def test_smallest_shapes(tmp_path, python):
+    python(SHAPES, tmp_path / 'a', '--train', 40, '--val', 1, '--size', 32)
+    coco = COCO(tmp_path / 'a/annotations/instances_train.json')
+    assert all(coco.annToMask(a).any() for a in coco.anns.values())
+
+
 SHORT = {
     'det': [
         'model.test_cfg.rcnn.score_thr=0',  # an untrained model finds things
@@ -94,6 +119,8 @@ def test_quickstart(task, tmp_path, python):
     rows = ('BCN + WS', 'GN + WS', 'BN') if compared else ('BCN + WS',)
     for words in (*rows, 'predictions.png'):
         assert words in out
+    # as it can be typed
+    assert f'$ SHAPES_ROOT={tmp_path}/data python tools/test.py' in out
     sheet = cv2.imread(str(tmp_path / 'work' / f'{task}-predictions.png'))
     assert sheet.std() > 10
     metrics = json.loads(

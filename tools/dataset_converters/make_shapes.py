@@ -94,6 +94,8 @@ def write_split(root: Path, split: str, count: int, size: int, seed: int) -> Non
         cv2.imwrite(str(root / 'labels' / split / f'{index:06d}.png'), labels)
         images.append(dict(id=index, file_name=name, width=size, height=size))
         for kind, mask in instances:
+            if not mask.any():  # of small pictures
+                continue
             outlines = polygons(mask)
             points = np.concatenate(outlines).reshape(-1, 2)
             corner, size_xy = points.min(0), np.ptp(points, axis=0)
@@ -139,10 +141,18 @@ def make_shapes(
 
     Raises:
         FileExistsError: if ``root`` holds something else.
+        ValueError: if a number is too small.
     """
     root = Path(root)
+    if min(train, val) < 1 or size < 32:
+        raise ValueError(
+            f'--train {train}, --val {val} and --size {size}: at least one picture '
+            f'each, of 32 pixels'
+        )
     arguments = dict(train=train, val=val, size=size, seed=seed)
     stamp = root / 'shapes.json'
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(f'{root} is a file; choose a folder')
     if root.exists() and any(root.iterdir()):
         if stamp.exists() and json.loads(stamp.read_text()) == arguments:
             return False
@@ -188,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         written = make_shapes(**vars(args))
-    except FileExistsError as e:
+    except (ValueError, OSError) as e:
         parser.exit(1, f'error: {e}\n')
     print(f'{args.root}: {"written" if written else "already there"}')
 
