@@ -221,6 +221,13 @@ def test_bad_arguments(words, message, tmp_path, refused):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_shown_alone_draws_no_data(tmp_path, refused):
+    words = ('--tasks', 'det', '--show', '--data', tmp_path / 'shapes')
+    line = refused(*STUDY, '--work-dir', tmp_path / 'x', *words)
+    assert 'shapes: it is missing' in line
+    assert not list(tmp_path.iterdir())
+
+
 @needs_digits
 def test_a_failed_run_is_said_and_tried_again(tmp_path, one_by_one, monkeypatch):
     words = '--tasks', 'digits', '--images', 16, '--seeds', 1, '--epochs', 1

@@ -25,6 +25,8 @@ class Shapes(Trained):
         """Draw the pictures, unless they are there."""
         os.environ['SHAPES_ROOT'] = os.fspath(args.data)
         if not (args.data / 'annotations').is_dir():
+            if args.show:
+                raise InputError(f'no run was made with {args.data}: it is missing')
             tool = 'tools/dataset_converters/make_shapes.py'
             if subprocess.run([sys.executable, tool, args.data], cwd=ROOT).returncode:
                 raise InputError(f'the pictures could not be drawn in {args.data}')
