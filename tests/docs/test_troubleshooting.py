@@ -10,7 +10,8 @@ PAGE = (ROOT / 'docs' / 'guides' / 'troubleshooting.md').read_text()
 MESSAGES = re.findall(r'^\| `([^`]+)` \|', PAGE, re.M)
 SAID = [
     node.value
-    for path in (ROOT / 'bcn_mm').glob('**/*.py')
+    for folder in ('bcn_mm', 'tools')
+    for path in (ROOT / folder).glob('**/*.py')
     if '.mim' not in path.parts
     for node in ast.walk(ast.parse(path.read_text()))
     if isinstance(node, ast.Constant) and isinstance(node.value, str)
