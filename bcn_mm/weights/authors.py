@@ -16,6 +16,7 @@ from ..layers.ws_conv import METADATA
 from ..ops import DIALECTS, check_dialect
 from ..version import __version__
 from .architectures import arch_of, check_architecture, groups_of, layers_of
+from .loading import dialects_of
 from .norm_layouts import AUTHORS, INNER, RATE, State
 from .reading import check_values
 
@@ -308,9 +309,10 @@ def _divisor(weight: Tensor, dialect: str) -> Tensor:
 def to_authors(state: State, inner: str = 'pbn') -> Converted:
     """Convert a state dict of bcn_mm to the authors' layout.
 
-    :func:`from_authors` makes the same state of it again, bit for bit; its
+    :func:`from_authors` makes the same tensors of it again, bit for bit; its
     dialect of weight standardization has no place there and goes into
-    ``meta``.
+    ``meta``, and that some convolutions have none into the notes: the
+    authors' networks standardize all.
 
     Args:
         state (dict): Of a backbone, of an mmseg DeepLabV3 (whose names become
@@ -327,7 +329,7 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
     if inner not in INNER:
         raise ValueError(f'inner must be one of {INNER}, but got {inner!r}')
     check_values(state)
-    metadata = getattr(state, '_metadata', None) or {}
+    trained = dialects_of(state)
     state = _without_module(state)
     end = '.batch_weight'
     norms = [k[: -len(end)] for k in state if k.endswith(end)]
@@ -372,15 +374,18 @@ def to_authors(state: State, inner: str = 'pbn') -> Converted:
         )
     if deeplab and result['aspp.conv2.weight'].shape[2:] != (1, 1):
         notes.append("aspp.conv2 is 3x3, in the authors' code it is 1x1")
-    dialects = {
-        entry[METADATA]
-        for entry in metadata.values()
-        if isinstance(entry, dict) and METADATA in entry
-    }
+    dialects = set(trained.values())
     if len(dialects) > 1:
         raise ValueError(f'several dialects in one state: {sorted(dialects)}')
     meta = dict(source=f'bcn_mm {__version__}')
     if dialects:
         (meta['ws_dialect'],) = dialects
         notes.append(f'weight standardization: {meta["ws_dialect"]}')
+        _, convs = _norms_and_convs(state, None, inner)
+        plain = [name for name in convs if name not in trained]
+        if plain:
+            notes.append(
+                f'{plain[0]} and {len(plain) - 1} other convolutions have none; in '
+                f"the authors' layout nothing says so"
+            )
     return Converted(result, meta, notes)

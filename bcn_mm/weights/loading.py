@@ -92,4 +92,8 @@ def check_dialects(model: nn.Module, state: State) -> None:
 
 
 def _metadata_of(state: State) -> dict:
-    return getattr(state, '_metadata', None) or {}
+    """By the names that loading gives what was saved in ``nn.DataParallel``."""
+    metadata = getattr(state, '_metadata', None) or {}
+    if all(name.split('.')[0] in ('', 'module') for name in metadata):
+        return {name.partition('.')[2]: value for name, value in metadata.items()}
+    return metadata

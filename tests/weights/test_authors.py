@@ -178,6 +178,16 @@ def test_round_trip_of_a_backbone(inner):
     )
 
 
+def test_convolutions_without_standardization_are_named():
+    net = nn.Sequential(
+        *(WSConv2d(3, 8, 3, bias=False), BCN(8)),
+        *(nn.Conv2d(8, 8, 3, bias=False), BCN(8)),
+    )
+    assert not any('have none' in n for n in to_authors(net[:2].state_dict()).notes)
+    theirs = to_authors(net.state_dict())
+    assert any(n.startswith('2 and 0 other convolutions') for n in theirs.notes)
+
+
 def test_round_trip_of_a_deeplab():
     model = mmseg_model(
         **{

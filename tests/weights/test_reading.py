@@ -11,8 +11,8 @@ from mmengine.logging import HistoryBuffer
 from support.checkpoints import Evil, save
 from torch import nn
 
-from bcn_mm import BCN
-from bcn_mm.errors import InputError
+from bcn_mm import BCN, WSConv2d
+from bcn_mm.errors import DialectError, InputError
 from bcn_mm.weights import unpickling
 from bcn_mm.weights.reading import check_match, read_checkpoint
 
@@ -133,6 +133,11 @@ def test_check_match():
     check_match(net(1, 2), given(1, 2), 'x')
     module = {f'module.{k}': v for k, v in net(1).state_dict().items()}
     check_match(net(1), dict(state_dict=module), 'x')
+    theirs = nn.DataParallel(nn.Sequential(WSConv2d(2, 3, 3, dialect='var')))
+    own = nn.Sequential(WSConv2d(2, 3, 3))
+    with pytest.raises(DialectError, match="0: .*'var'.*'std'"):
+        check_match(own, dict(state_dict=theirs.state_dict()), 'x')
+    check_match(theirs.module, dict(state_dict=theirs.state_dict()), 'x')
     for widths, message in (
         ((1, 3), r"3 of the model's 4 .* 4 in the file.*1.weight .*\(4, 2\)"),
         ((1,), r'2 of .* 4 .* 2 in the file.*1.weight .*file: absent'),
