@@ -18,9 +18,9 @@ seed:
               nine positions, tested in windows of that size; and below a Mask
               R-CNN's neck and heads on the shapes
 
-All runs of a task see the same number of images; those of digits are moved at
-random by up to a pixel. Runs that are done are kept, so that the same command
-goes on where it was stopped, and a larger one adds to it.
+All runs of a task see the same number of images, up to whole steps a pass; those
+of digits are moved at random by up to a pixel. Runs that are done are kept, so that
+the same command goes on where it was stopped, and a larger one adds to it.
 
 The learning rate is the task's. With --rates every norm has its best of these:
 the one with the lowest error on a sixth of the training pictures that is held
@@ -46,6 +46,7 @@ The command is run in the folder of the repository.
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -169,8 +170,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError('--images, --seeds, --epochs and --workers must be positive')
     if args.shift < 0:
         raise InputError('--shift must not be negative')
-    if args.rates and not min(args.rates) > 0:
-        raise InputError('--rates must be positive')
+    if not all(0 < rate < math.inf for rate in args.rates or ()):
+        raise InputError('--rates must be positive numbers')
     if args.extend and len(set(args.rates or ())) < 2:
         raise InputError('--extend is for two --rates or more')
     for name in args.norms or ():

@@ -1,5 +1,6 @@
 """The norms that are compared, and arguments of theirs."""
 
+from contextlib import suppress
 from typing import Mapping, NamedTuple, Optional
 
 import yaml
@@ -58,11 +59,27 @@ def parse_norm(text: str) -> Norm:
     pairs = [option.partition('=') for option in options]
     if not all(key and sign and value for key, sign, value in pairs):
         raise InputError(f'norm {text!r}: arguments look like momentum=0.1')
-    more = {key: yaml.safe_load(value) for key, _, value in pairs}
+    more = {key: _value(value) for key, _, value in pairs}
+    if len(more) < len(pairs):
+        raise InputError(f'norm {text!r}: an argument is given twice')
     title = ', '.join([norm.title, *(_said(*pair) for pair in more.items())])
     settings = {key: more.pop(key) for key in SETTINGS if key in more}
     norm_cfg = {**norm.norm_cfg, **more}
     return norm._replace(title=title, norm_cfg=norm_cfg, settings=settings)
+
+
+def _value(text: str) -> object:
+    """As YAML has it, but for numbers and a None as Python writes them."""
+    with suppress(ValueError):
+        return int(text)
+    with suppress(ValueError):
+        return float(text)
+    if text == 'None':
+        return None
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise InputError(f'norm: {text!r} is no value of an argument') from None
 
 
 def _said(key: str, value: object) -> str:

@@ -38,7 +38,8 @@ def grid(args: argparse.Namespace) -> List[Run]:
             for rate in sorted(args.rates or [task.rate])
             for seed in range(args.seeds or extent.seeds)
         ]
-    return sorted(runs, key=lambda run: (-cost(run), run.seed))
+    # what is asked for twice is not a second seed
+    return sorted(dict.fromkeys(runs), key=lambda run: (-cost(run), run.seed))
 
 
 def promising(runs: List[Run], records: List[dict]) -> List[Run]:

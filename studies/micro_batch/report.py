@@ -167,6 +167,8 @@ def draw_predictions(
             continue
         shared = sorted(set.intersection(*map(set, columns.values())))
         shared = [file for file in shared if file.startswith('test_')][:4]
+        if not shared:  # a few pictures, of which none was drawn
+            continue
         figure = Figure(
             figsize=(2.6 * (1 + len(columns)), 2.1 * len(shared)), layout='constrained'
         )

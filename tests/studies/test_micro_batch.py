@@ -204,6 +204,9 @@ def test_the_digits_are_learned_and_repeatable(tmp_path):
         (['--seeds', '0'], 'must be positive'),
         (['--shift', '-1'], 'must not be negative'),
         (['--rates', '0'], '--rates must be positive'),
+        (['--rates', '1', 'nan'], '--rates must be positive'),
+        (['--norms', 'bcn,momentum=['], "'[' is no value"),
+        (['--norms', 'bcn,eps=1e-3,eps=1e-4'], 'given twice'),
         (['--rates', '1', '--extend'], '--extend is for two --rates or more'),
         (['--tasks', 'street', '--norms', 'bn-frozen'], 'is none of street'),
         (
@@ -226,6 +229,21 @@ def test_what_is_shown_alone_draws_no_data(tmp_path, refused):
     line = refused(*STUDY, '--work-dir', tmp_path / 'x', *words)
     assert 'shapes: it is missing' in line
     assert not list(tmp_path.iterdir())
+
+
+@needs_digits
+def test_what_is_asked_for_twice_is_one_seed(tmp_path, one_by_one):
+    words = '--tasks', 'digits', 'digits', '--images', 50, 50, '--seeds', 1
+    words += '--epochs', 1, '--norms', 'gn', 'gn', '--work-dir', tmp_path
+    one_by_one(*words)
+    (row,) = csv.DictReader((tmp_path / 'results.csv').open())
+    assert (row['seeds'], row['error_sd']) == ('1', 'nan')
+
+
+@needs_digits
+def test_digits_may_diverge(tmp_path):
+    run = Run('digits', 'gn', 50, 0, 1, 1000, 1e8, 0, 0)
+    assert TASKS['digits'].train(run, tmp_path)['diverged']
 
 
 @needs_digits
@@ -314,5 +332,10 @@ def test_the_legend_is_within_the_picture(tasks, tmp_path):
 def test_variants_of_a_norm():
     norm = parse_norm('bcn-ws,momentum=0.1,start=average')
     assert norm.norm_cfg == dict(type='BCN', momentum=0.1, start='average')
-    assert parse_norm('bcn,momentum=null').norm_cfg['momentum'] is None
+    for none in ('null', 'None'):
+        assert parse_norm(f'bcn,momentum={none}').norm_cfg['momentum'] is None
+    for number in ('0.01', '1e-2', '.01'):
+        assert parse_norm(f'bcn,momentum={number}').norm_cfg['momentum'] == 0.01
+    assert parse_norm('bcn,num_groups=8').norm_cfg['num_groups'] == 8
+    assert parse_norm('bcn,estimate=false').norm_cfg['estimate'] is False
     assert NORMS['bcn'].norm_cfg == dict(type='BCN')

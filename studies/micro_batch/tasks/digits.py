@@ -61,6 +61,8 @@ class Digits(Task):
             for layer, momentum in following.items():
                 layer.momentum = momentum * schedule.get_last_lr()[0] / run.rate
             loss = nn.functional.cross_entropy(model(shown), true)
+            if not loss.isfinite():
+                return dict(error=100.0, held=100.0, diverged=True)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
