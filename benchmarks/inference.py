@@ -14,6 +14,7 @@ from measuring import (
     WARMUP,
     Clock,
     add_arguments,
+    draw_bars,
     interleave,
     prepare,
 )
@@ -107,6 +108,10 @@ def main() -> None:
     seconds = {name: float(t[0]) for name, t in times.items()}
     show(seconds, report, args.shape)
     Console().print(', '.join(f'{k} {v}' for k, v in machine.items()))
+    if args.plot:
+        ratios = {k: [s / seconds[BASE]] for k, s in seconds.items() if k != BASE}
+        title = f'seconds a picture of {args.shape[1]}x{args.shape[0]}, times {BASE}'
+        draw_bars(args.plot, ['inference'], ratios, title)
     if args.out:
         settings = dict(config=args.config, shape=tuple(args.shape))
         write_json(

@@ -299,6 +299,7 @@ if [ "${BASH_SOURCE[0]}" = "$0" ]; then
     case "${1:-}" in
     -h | --help) sed -n '2,/^set /{/^#/s/^# \{0,1\}//p}' "$0" ;;
     --plan) plan ;;
-    *) ensure_env ;;
+    '') ensure_env ;;
+    *) die "there is no option $1" "--help says which there are" ;;
     esac
 fi

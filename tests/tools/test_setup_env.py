@@ -9,6 +9,12 @@ CLASSIC = 'torch==2.1.2, mmcv==2.1.0 prebuilt by OpenMMLab'
 COMPILED = 'torch==2.13.0, mmcv==2.1.0 compiled for cuda'
 
 
+def test_no_such_option():
+    done = run('bash', 'tools/setup_env.sh', '--plann')
+    assert done.returncode == 1
+    assert done.stdout.startswith('[setup] error: there is no option --plann')
+
+
 @pytest.fixture
 def plan(tmp_path):
     """The plan on a machine with these programs in front of its own."""
