@@ -100,6 +100,7 @@ class RecomputedActivations:
             handle.remove()
         self._handles, self._owners = [], {}
         self.is_active = False
+        _entered.leave_ended()
 
     def __enter__(self) -> 'RecomputedActivations':
         return self
@@ -148,6 +149,7 @@ class _Door:
         self.passes = 0
 
     def context(self) -> Optional[ContextManager]:
+        _entered.leave_ended()
         if not self.handle.is_active or not torch.is_grad_enabled():
             return None
         if recomputation.is_on():  # whose own hooks must be the innermost
@@ -224,20 +226,22 @@ class _Around:
 
     def __init__(self, make: Callable[[], Optional[ContextManager]]) -> None:
         self.make = make
-        self.entered = _Entered()
 
     def before(self, module: nn.Module, args: Any) -> None:
         context = self.make()
         if context is not None:
             context.__enter__()
-        self.entered.contexts.append(context)
+            _entered.calls.append((_innermost_call(), self, context))
 
     def after(self, module: nn.Module, args: Any, output: Any) -> None:
-        contexts = self.entered.contexts
-        # none if it was hung up within the pass
-        context = contexts.pop() if contexts else None
-        if context is not None:
-            context.__exit__(None, None, None)
+        if not _entered.calls:
+            return
+        call = _innermost_call()
+        for entry in reversed(_entered.calls):
+            if entry[0] is call and entry[1] is self:
+                _entered.calls.remove(entry)
+                entry[2].__exit__(None, None, None)
+                return
 
     def __deepcopy__(self, memo: Dict[int, Any]) -> '_Around':
         return self
@@ -247,8 +251,32 @@ class _Around:
 
 
 class _Entered(threading.local):
+    """What this thread is within: calls of modules, and the contexts around them."""
+
     def __init__(self) -> None:
-        self.contexts: List[Optional[ContextManager]] = []
+        self.calls: List[Tuple[Optional[FrameType], _Around, ContextManager]] = []
+
+    def leave_ended(self) -> None:
+        """Leave what a call was within that ended without its hook.
+
+        torch calls hooks after errors, but not after an interrupt from the keyboard
+        (before 2.1 after neither).
+        """
+        while self.calls and _has_ended(self.calls[-1][0]):
+            self.calls.pop()[2].__exit__(None, None, None)
+
+
+_entered = _Entered()
+
+
+def _has_ended(call: Optional[FrameType]) -> bool:
+    if call is None:
+        return True
+    try:
+        call.clear()
+    except RuntimeError:  # it is running
+        return False
+    return True
 
 
 def _no_context() -> None:
@@ -257,12 +285,16 @@ def _no_context() -> None:
 
 def _innermost_module() -> Optional[nn.Module]:
     """The module whose call is the innermost that is running."""
+    call = _innermost_call()
+    return None if call is None else call.f_locals['self']
+
+
+def _innermost_call() -> Optional[FrameType]:
+    """The frame of that call."""
     frame: Optional[FrameType] = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _CALL:
-            return frame.f_locals['self']
+    while frame is not None and frame.f_code is not _CALL:
         frame = frame.f_back
-    return None
+    return frame
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -186,23 +186,34 @@ class Region:
     def open(self) -> bool:
         """Begin; False where that cannot be, or it has begun."""
         global watching
-        if self.is_open or _stack.region is not None or is_transforming():
+        if _stack.region is not None or is_transforming():
             return False
-        self._hooks.__enter__()
-        _stack.region, self.is_open = self, True
         with _lock:
+            if self.is_open:  # in another thread
+                return False
+            self.is_open = True
             watching += 1
+        try:
+            self._hooks.__enter__()
+        except BaseException:
+            self._leave()
+            raise
+        _stack.region = self
         return True
 
     def close(self) -> None:
         """End what :meth:`open` has begun."""
-        global watching
         self._hooks.__exit__()
-        _stack.region, self.is_open = None, False
+        _stack.region = None
         self._living.clear()
         self._held.clear()
         self._pending = None
+        self._leave()
+
+    def _leave(self) -> None:
+        global watching
         with _lock:
+            self.is_open = False
             watching -= 1
 
     # -- what is followed ----------------------------------------------------
@@ -221,7 +232,7 @@ class Region:
 
     def find(self, tensor: Tensor) -> Optional[_Living]:
         """What is known of a whole tensor; None if that is nothing."""
-        if type(tensor) is not Tensor or tensor.is_inference():
+        if not _is_plain(tensor):
             return None
         living = self._living.get(storage_of(tensor))
         if living is None or living.tensor() is not tensor:
@@ -289,7 +300,7 @@ class Region:
         self, tensor: Any, version: Optional[int] = None
     ) -> 'Union[Recipe, Kept, None]':
         """How to have a tensor, at some version, in the backward pass."""
-        if type(tensor) is not Tensor or tensor.is_inference():
+        if not _is_plain(tensor):
             return None
         if version is None:
             version = tensor._version
@@ -306,6 +317,8 @@ class Region:
     def pack(self, tensor: Tensor) -> Kept:
         """What autograd keeps of a tensor that it saves."""
         kept = Kept(tensor, self)
+        if tensor.layout is not torch.strided:  # sparse ones have no storage
+            return kept
         key = storage_of(tensor)
         living, pending = self._living.get(key), self._pending
         if self.counts:
@@ -393,6 +406,15 @@ def _plainly(recipe: Recipe) -> Tensor:
     finally:
         for context in off:
             context.__exit__(None, None, None)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether something is a tensor that a recipe may be of."""
+    return (
+        type(value) is Tensor
+        and not value.is_inference()
+        and value.layout is torch.strided
+    )
 
 
 def storage_of(tensor: Tensor) -> int:

@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import threading
 import weakref
 
 import pytest
@@ -477,6 +478,70 @@ def spares(net):
     finally:
         rematerialization.Region.follow = original
     return bool(seen)
+
+
+def test_an_interrupt_leaves_nothing_open():
+    """torch calls no hooks after it."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    net, other = network(), network()
+    with recompute_activations(net) as handle, recompute_activations(other):
+        step = net[-1].register_forward_pre_hook(stop)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                net(X)
+        step.remove()
+        other(X).mean().backward()
+        assert rematerialization.watching == 0
+        assert rematerialization.current() is None
+        assert not torch.overrides._get_current_function_mode_stack()
+        handle.measure()
+        net(X).mean().backward()
+        assert handle.measure(False)[0] > 0
+
+
+def test_a_region_is_of_one_thread(monkeypatch):
+    """...though another asks for it while it is being opened."""
+    region, others = rematerialization.Region(), []
+    hooks = torch.autograd.graph.saved_tensors_hooks
+    enter = hooks.__enter__
+
+    def slow(self):
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=lambda: others.append(region.open()))
+            thread.start()
+            thread.join()
+        return enter(self)
+
+    monkeypatch.setattr(hooks, '__enter__', slow)
+    assert region.open() and others == [False]
+    region.close()
+    assert rematerialization.watching == 0
+
+
+@pytest.mark.parametrize('layout', [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings('ignore:Sparse')
+def test_sparse_tensors_are_kept(layout):
+    class Graph(nn.Module):
+        def __init__(self, stem):
+            super().__init__()
+            self.stem = copy.deepcopy(stem)
+            self.edges = torch.eye(8).to_sparse(layout=layout)
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.stem(x).reshape(8, -1))
+
+    stem = nn.Sequential(nn.Conv2d(3, 4, 1), BCN(4), nn.ReLU())
+    grads = []
+    for recompute in (False, True):
+        net = Graph(stem)
+        if recompute:
+            recompute_activations(net)
+        net(X).square().mean().backward()
+        grads.append([p.grad for p in net.parameters()])
+    assert all(map(torch.equal, *grads))
 
 
 def test_remove():
