@@ -85,28 +85,25 @@ def _group(
 @triton.jit
 def _batch_statistics(
     parts, stats, half, c0, d0, N, n0, n1, R, C, D, L, S, chunk,
-    ESTIMATE: tl.constexpr, TRAINING: tl.constexpr,
+    TRAINING: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """Write the moments of rows; the batch's mean and biased variance, (BD)."""
+    """Write the moments of rows; the batch's mean and, in training, biased variance,
+    (BD)."""
     d = d0 + tl.arange(0, BD)
     channel = c0 + d
     first = tl.load(parts + channel * S, mask=d < D, other=0.0)
     first += tl.load(parts + 2 * half + channel, mask=d < D, other=0.0)
     total = tl.zeros((BD,), tl.float32)
-    square = tl.zeros((BD,), tl.float32)
     for start in range(n0, n1, BN):
         n, n_ok, c, c_ok, row, ok = _rows(start, n1, c0, d0, C, D, BN, BD)
         mean, var = merged_moments(parts, half, row, ok, L, S, chunk, BS)
         tl.store(stats + row, mean, mask=ok)
         tl.store(stats + R + row, var, mask=ok)
-        offset = tl.where(ok, mean - first[None, :], 0.0)
-        total += tl.sum(offset, 0)
-        square += tl.sum(tl.where(ok, var + offset * offset, 0.0), 0)
-    rest = total / N
-    centre = first + rest
-    spread = square / N - rest * rest
-    if TRAINING and not ESTIMATE:
+        total += tl.sum(tl.where(ok, mean - first[None, :], 0.0), 0)
+    centre = first + total / N
+    spread = total
+    if TRAINING:
         tl.debug_barrier()
         total = tl.zeros((BD,), tl.float32)
         square = tl.zeros((BD,), tl.float32)
@@ -121,7 +118,8 @@ def _batch_statistics(
         rest = total / N
         centre += rest
         spread = square / N - rest * rest
-    return centre, tl.where(spread < 0, 0.0, spread)
+        spread = tl.where(spread < 0, 0.0, spread)
+    return centre, spread
 
 
 @triton.jit
@@ -192,7 +190,7 @@ def stages_kernel(
     for d0 in range(0, D, BD):
         mean, var = _batch_statistics(
             parts, stats, half, c0, d0, N, n0, n1, R, C, D, L, S, chunk,
-            ESTIMATE, TRAINING, BN, BD, BS,
+            TRAINING, BN, BD, BS,
         )  # fmt: skip
         d = d0 + tl.arange(0, BD)
         c = c0 + d

@@ -122,6 +122,17 @@ def test_a_start_far_from_zero_does_not_cancel(momentum, start, shape):
     torch.testing.assert_close(var.double(), want, rtol=1e-2, atol=0)
 
 
+def test_one_sample_far_from_the_others_does_not_cancel():
+    case = Case((300, 4, 2, 2), 2)
+    case.x[0] += 1e4
+    case.mean, case.var = torch.zeros(4), torch.ones(4)
+    _, _, (mean, var, _) = passes(case, True, True, False, 0.01, 'first')
+    across = case.x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), across.mean(1), rtol=1e-6, atol=0)
+    want = across.var(1, correction=0)
+    torch.testing.assert_close(var.double(), want, rtol=2e-6, atol=0)
+
+
 def check(case, training, estimate, relu, slack=1e-5):
     y, grads, moved = case.definition(training, estimate, relu)
     got_y, got_grads, (mean, var, count) = passes(case, training, estimate, relu)
