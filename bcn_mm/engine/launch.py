@@ -134,16 +134,17 @@ def taken_back(work_dir: str, config: Optional[str]) -> Iterator[None]:
 def find_newest_checkpoint(work_dir: str) -> Optional[str]:
     """The checkpoint that ``--resume`` goes on from, None if there is none.
 
-    That is what mmengine's ``last_checkpoint`` names, or, where a process
-    died while it wrote that file, the ``*.pth`` that was written last.
+    That is what mmengine's ``last_checkpoint`` names, or, where that is not there
+    or a process died while it wrote that file, the ``*.pth`` that was written last.
 
     Args:
         work_dir (str): The work directory of the training.
     """
     source = find_latest_checkpoint(work_dir)
-    if source == '':
+    gone = source and '://' not in source and not os.path.exists(source)
+    if source == '' or gone:
         files = glob.glob(os.path.join(glob.escape(work_dir), '*.pth'))
-        source = max(files, key=os.path.getmtime, default=None)
+        source = max(files, key=os.path.getmtime, default=source or None)
     return source
 
 
@@ -184,8 +185,9 @@ def prepare_launch(cfg: Config) -> None:
         return
     _set_rank_variables(cfg.launcher)
     if not torch.cuda.is_available():
-        torch.distributed.init_process_group('gloo')
-        atexit.register(_destroy_gloo_group)
+        if not torch.distributed.is_initialized():
+            torch.distributed.init_process_group('gloo')
+            atexit.register(_destroy_gloo_group)
         if type_name(cfg.get('strategy')) == 'FSDPStrategy':
             _keep_fsdp_on_cpu(cfg.strategy)
         cfg.setdefault('model_wrapper_cfg', {})

@@ -299,5 +299,13 @@ def test_newest_checkpoint(tmp_path):
         os.utime(tmp_path / name, (i, i))
     newest = find_newest_checkpoint(str(tmp_path))
     assert newest == str(tmp_path / 'iter_10.pth')
-    named.write_text('elsewhere.pth')
-    assert find_newest_checkpoint(str(tmp_path)) == 'elsewhere.pth'
+    named.write_text('s3://elsewhere.pth')
+    assert find_newest_checkpoint(str(tmp_path)) == 's3://elsewhere.pth'
+    named.write_text(str(tmp_path / 'iter_2.pth'))
+    assert find_newest_checkpoint(str(tmp_path)) == str(tmp_path / 'iter_2.pth')
+    named.write_text('moved.pth')
+    assert find_newest_checkpoint(str(tmp_path)) == newest
+    for name in ('iter_2.pth', 'iter_10.pth'):
+        (tmp_path / name).unlink()
+    # which is then said to be missing
+    assert find_newest_checkpoint(str(tmp_path)) == 'moved.pth'

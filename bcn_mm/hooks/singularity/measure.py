@@ -80,6 +80,11 @@ def _positives(x: Tensor) -> Tensor:
     return positive.sum(2, dtype=dtype).sum(0)
 
 
+def _lower_bound(args: Tuple, kwargs: dict) -> float:
+    """Of a call of ``F.hardtanh``."""
+    return args[1] if len(args) > 1 else kwargs.get('min_val', -1.0)
+
+
 class ReLUTracer(TensorTracer):
     """Finds out which norms' outputs go into a ReLU, or ReLU6.
 
@@ -100,7 +105,7 @@ class ReLUTracer(TensorTracer):
         self, func: Any, types: Any, args: Tuple = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _RELUS or (func in _HARDTANHS and (*args, *kwargs.values())[1] == 0):
+        if func in _RELUS or (func in _HARDTANHS and _lower_bound(args, kwargs) == 0):
             x = args[0] if args else kwargs['input']
             name = self.label_of(x, unwritten=True)
             if name is not None:

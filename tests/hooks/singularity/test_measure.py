@@ -39,6 +39,7 @@ class Ways(nn.Module):
         'identity',
         'both',
         'keyword',
+        'named',
     )
     NO = (
         'leaky',
@@ -72,6 +73,8 @@ class Ways(nn.Module):
         both = n['both'](x)
         y = y + both + F.relu(both) + F.relu(n['keyword'](input=x))
         y = y + F.leaky_relu(n['leaky'](x)) + F.hardtanh(n['tanh'](x))
+        y = y + F.hardtanh_(n['tanh'](x)) + F.hardtanh_(x.clone())
+        y = y + F.hardtanh_(n['named'](x), max_val=6.0, min_val=0.0)
         y = y + F.relu(n['sum'](x) + x)
         total = n['sum_inplace'](x)
         total += x
