@@ -42,7 +42,8 @@ def recompute_activations(model: nn.Module) -> 'RecomputedActivations':
     else writes into.
 
     What ``torch.utils.checkpoint`` repeats keeps nothing, and goes on doing so. A
-    model that ``torch.compile`` has compiled is left alone, with a warning.
+    model that ``torch.compile`` has compiled is left alone, with a warning. What takes
+    no hooks of saved tensors (``torch.func.grad``, ``vjp``) raises within such a pass.
 
     Source: the layer's definition (:func:`bcn_mm.ops.batch_channel_norm`).
 
