@@ -96,18 +96,14 @@ template <class T> struct Forward {
       }
       return;
     }
-    std::vector<double> room(2 * count);
-    double *spread = room.data(), *about = spread + count;
+    std::vector<double> spread(count);
     std::fill(centre, centre + count, 0.0);
     for (int64_t n = 0; n < s.samples; ++n)
       for (int64_t d = 0; d < count; ++d) centre[d] += mean[n * stride + d];
-    for (int64_t d = 0; d < count; ++d) {
-      centre[d] /= s.samples;
-      about[d] = rule.estimate ? running_mean.get(c + d) : centre[d];
-    }
+    for (int64_t d = 0; d < count; ++d) centre[d] /= s.samples;
     for (int64_t n = 0; n < s.samples; ++n) {
       for (int64_t d = 0; d < count; ++d) {
-        const double off = mean[n * stride + d] - about[d];
+        const double off = mean[n * stride + d] - centre[d];
         spread[d] += var[n * stride + d] + off * off;
       }
     }
@@ -349,7 +345,7 @@ template <class T> struct Backward {
     const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
     // a sample at a time, while it is in the cache, unless samples are few
     const int samplewise = threads_for(s.samples, s.size());
-    const bool few = samplewise > 1 && samplewise < at::get_num_threads();
+    const bool few = samplewise < all_threads(s.size());
     const bool at_once = dx && !batch_statistics && !few;
     if (few) {
       for (int64_t n = 0; n < s.samples; ++n) before_sample(n);

@@ -46,6 +46,11 @@ class Buffer {
   explicit Buffer(const Tensor& t)
       : data_(t.data_ptr()), type_(t.scalar_type()), stride_(t.dim() ? t.stride(0) : 0) {}
 
+  static bool holds(at::ScalarType type) {
+    return type == at::kFloat || type == at::kDouble || type == at::kHalf ||
+           type == at::kBFloat16;
+  }
+
   double get(int64_t c) const {
     switch (type_) {
       case at::kFloat: return get_as<float>(c);
@@ -88,7 +93,8 @@ class Buffer {
 };
 
 // Moves the estimates of channel c, and returns the variance that it is
-// normalized with; `centre` is that of its batch, and becomes the mean for it.
+// normalized with; `centre` is that of its batch, `spread` the variance about it,
+// and `centre` becomes the mean that it is normalized with.
 template <class A>
 double move(
     const Rule& rule, int64_t c, double values, double spread, double& centre,
@@ -96,7 +102,9 @@ double move(
   const double old_mean = running_mean.get(c), old_var = running_var.get(c);
   double target = spread;
   if (rule.estimate) {
-    target -= rule.large * (centre - old_mean) * (centre - old_mean);
+    // about the old mean, or, at a rate that is not small, what the estimates are a
+    // mean of; not as a difference of large squares
+    target += (1 - rule.large) * (centre - old_mean) * (centre - old_mean);
   } else {
     target *= values / std::max(values - 1, 1.0);  // unbiased, as BatchNorm's
   }

@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> forward(
   for (const auto* t : {&running_mean, &running_var}) {
     check_device(*t);
     TORCH_CHECK(
-        t->dim() == 1 && t->size(0) == s.channels && t->is_floating_point() &&
+        t->dim() == 1 && t->size(0) == s.channels && Buffer::holds(t->scalar_type()) &&
             t->scalar_type() == running_mean.scalar_type(),
         "expected running statistics of ", s.channels, " channels and one dtype");
   }
@@ -97,17 +97,18 @@ std::tuple<Tensor, Tensor> forward(
   const Parameters affine(batch_weight, batch_bias, weight, bias);
   Tensor y = at::empty_like(x), saved = empty_saved(x);
   const bool moves = training && !repeats;
-  const Rule rule = rule_of(
-      moves, estimate, momentum, start, eps,
-      num_batches_tracked);
   double* data = const_cast<double*>(data_of<double>(batch, 2 * s.channels));
   TORCH_CHECK(data || !repeats, "a pass that repeats another needs its batch");
   dispatch(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Acc<T>;
-    Forward<T>{s, rule, affine.of<A>(s), Saved<A>(static_cast<A*>(saved.data_ptr()), s),
-               Buffer(running_mean), Buffer(running_var), data, repeats,
-               const_cast<A*>(data_of<A>(coef, 2 * s.rows()))}
+    const auto parameters = affine.of<A>(s);
+    A* kept = const_cast<A*>(data_of<A>(coef, 2 * s.rows()));
+    // counts the pass, so that whatever may be wrong was looked at before
+    const Rule rule =
+        rule_of(moves, estimate, momentum, start, eps, num_batches_tracked);
+    Forward<T>{s, rule, parameters, Saved<A>(static_cast<A*>(saved.data_ptr()), s),
+               Buffer(running_mean), Buffer(running_var), data, repeats, kept}
         .run(static_cast<const T*>(x.data_ptr()), static_cast<T*>(y.data_ptr()), relu);
   });
   if (moves) {

@@ -7,6 +7,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <atomic>
+#include <limits>
 #include <memory>
 #include <optional>
 
@@ -65,6 +66,16 @@ constexpr int64_t kSerial = 1 << 15;
 // Elements that memory hands over at full speed, wherever they lie
 constexpr int64_t kTogether = 1 << 12;
 
+int threads_for(int64_t tasks, int64_t size) {
+  if (size < kSerial || at::in_parallel_region()) return 1;
+  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), tasks));
+}
+
+// Those that a tensor of this size is worth, if there are tasks enough
+int all_threads(int64_t size) {
+  return threads_for(std::numeric_limits<int64_t>::max(), size);
+}
+
 struct Shape {
   int64_t samples, channels, length, groups;
   bool columns;  // channels-last; or rows of one value, which are so as well
@@ -83,7 +94,7 @@ struct Shape {
   // Whether a task is better all of a group than a part of each pass in turn:
   // its values are together, and there are groups enough
   bool by_group(int threads) const {
-    return !columns && (threads == 1 || threads == at::get_num_threads()) &&
+    return !columns && threads == all_threads(size()) &&
            (samples == 1 || depth() * length >= kTogether);
   }
   int64_t rows() const { return samples * channels; }
@@ -95,11 +106,6 @@ struct Shape {
   }
   int64_t chunks() const { return (length + chunk() - 1) / chunk(); }
 };
-
-int threads_for(int64_t tasks, int64_t size) {
-  if (size < kSerial || at::in_parallel_region()) return 1;
-  return static_cast<int>(std::min<int64_t>(at::get_num_threads(), tasks));
-}
 
 // f(task, worker) for all tasks. A worker that is done takes the next task, so
 // that nobody waits for one whose core has other work.
@@ -149,7 +155,7 @@ template <class F> void share_parts(const Shape& s, const F& f) {
 template <class F, class G>
 void share_samples(const Shape& s, const F& algebra, const G& pass) {
   const int threads = threads_for(s.samples, s.size());
-  if (threads > 1 && threads < at::get_num_threads()) {
+  if (threads < all_threads(s.size())) {
     for (int64_t n = 0; n < s.samples; ++n) algebra(n);
     share_parts(s, [&](int64_t row, int64_t count, int64_t length, int64_t at, int64_t) {
       pass(row, count, length, at);

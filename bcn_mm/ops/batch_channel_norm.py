@@ -183,9 +183,9 @@ def batch_channel_norm(
         raise TypeError(f'expected a floating input, but got {x.dtype}')
     if not x.shape[1:2] == running_mean.shape == running_var.shape:
         raise ValueError(
-            f'expected running statistics of one value per channel, but got shapes '
-            f'{tuple(running_mean.shape)} and {tuple(running_var.shape)} and '
-            f'an input of shape {tuple(x.shape)}'
+            f'expected {running_mean.numel()} channels, but got an input of shape '
+            f'{tuple(x.shape)} and running statistics of shapes '
+            f'{tuple(running_mean.shape)} and {tuple(running_var.shape)}'
         )
     check_num_groups(num_groups, x.shape[1])
     if not training:

@@ -68,6 +68,26 @@ def test_a_start_far_from_zero_does_not_cancel(backend, rule, mean, batch, seed)
     torch.testing.assert_close(got_var.double(), want, rtol=1e-2, atol=0)
 
 
+@pytest.mark.parametrize('start', ['first', 'average'])
+@pytest.mark.parametrize('batch', [1, 3, 100])
+def test_a_start_with_constant_channels(backend, start, batch):
+    value = 1e6 * (1 + torch.rand(1, 64, 1, 1))
+    x = value.expand(batch, 64, 2, 2).contiguous()
+    mean, var, _ = passes([x], 0.01, start, torch.zeros(64), torch.ones(64))
+    torch.testing.assert_close(mean, value.flatten(), rtol=2e-7, atol=0)
+    assert (var >= 0).all()
+
+
+@pytest.mark.parametrize('start', ['first', 'average'])
+def test_a_start_far_from_zero_in_float64(backend, start):
+    x = torch.randn(3, 4, 8, 8, dtype=torch.double) + 1e8
+    zero, one = torch.zeros(4).double(), torch.ones(4).double()
+    mean, var, _ = passes([x], 0.01, start, zero, one)
+    across = x.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean, across.mean(1), rtol=1e-15, atol=0)
+    torch.testing.assert_close(var, across.var(1, correction=0), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize('start, early', [('first', 1), ('average', 3)])
 def test_after_the_start_comes_the_papers_rule(backend, start, early):
     momentum = 0.25

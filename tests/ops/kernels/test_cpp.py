@@ -28,6 +28,7 @@ SHAPES = [
     (2, 8, 200, 200),
     (3000, 16),
     (1, 6, 90, 90),
+    (6, 5, 70, 70),
 ]
 STAGES = [(True, True), (True, False), (False, True)]
 
@@ -176,6 +177,26 @@ def test_what_is_not_loaded_is_not_computed_with(kept, training):
             return
         with pytest.raises(RuntimeError, match='on meta'):
             batch_channel_norm(x, 2, **given, **how)
+
+
+@COMPILED
+def test_what_is_refused_is_not_counted():
+    count, x = torch.tensor(0), torch.randn(2, 4, 3, 3)
+    given = operands(4, 2, torch.float)
+    given['weight'] = torch.ones(3)
+    with using('cpp'), pytest.raises(RuntimeError, match='expected 2 values'):
+        batch_channel_norm(x, 2, **given, training=True, num_batches_tracked=count)
+    assert count == 0
+
+
+@COMPILED
+@needs_torch(2, 1, 'floats of 8 bits')
+@pytest.mark.parametrize('training', [True, False])
+def test_estimates_of_8_bits_are_refused(training):
+    mean, var = torch.zeros(64), torch.ones(64)
+    mean, var = (t.to(torch.float8_e4m3fn) for t in (mean, var))
+    with using('cpp'), pytest.raises(RuntimeError, match='running statistics of 64'):
+        batch_channel_norm(torch.randn(2, 64, 3, 3), 2, mean, var, training=training)
 
 
 @COMPILED
