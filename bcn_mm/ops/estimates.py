@@ -194,7 +194,9 @@ def _move(
         # about the estimate; at a rate that is not small, the variance of what
         # the estimates are a mean of. Not as a difference of large squares.
         offset = batch_mean - running.mean
-        part = offset if large is None else offset * (1 - large)
+        part = offset
+        if large is not None:
+            part = torch.addcmul(offset, large, offset, value=-1)
         batch_var = torch.addcmul(batch_var, part, offset)
     # the variance is of values about a mean: finite only if that is
     finite = batch_var < float('inf')
