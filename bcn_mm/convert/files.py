@@ -173,11 +173,11 @@ def write_config(cfg: Config, source: str, path: str) -> None:
 def _from(folder: str, source: str) -> str:
     """What a config in a folder calls another one.
 
-    Behind a link '..' is one folder to mmengine and another one to the system.
+    Behind a link '..' may be one folder to mmengine and another one to the system.
     """
-    if osp.realpath(folder) != folder:
-        return osp.abspath(source)
-    return osp.relpath(source, folder)
+    path = osp.relpath(source, folder)
+    found = osp.realpath(osp.join(folder, path))
+    return path if found == osp.realpath(source) else osp.abspath(source)
 
 
 def _old_style_text(cfg: Config, source: str, folder: str) -> str:

@@ -18,6 +18,17 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_both_behind_a_link(tmp_path):
+    """As homes are: what is written may move with what it inherits from."""
+    (tmp_path / 'disk/a').mkdir(parents=True)
+    (tmp_path / 'home').symlink_to(tmp_path / 'disk')
+    source = tmp_path / 'home/base.py'
+    source.write_text(f"_base_ = '{RETINA}'\n")
+    out = tmp_path / 'home/a/bcn.py'
+    write_config(to_bcn(read_config(str(source))), str(source), str(out))
+    assert "_base_ = '../base.py'" in out.read_text()
+
+
 @pytest.mark.parametrize('behind', ['source', 'target'])
 def test_folders_behind_links(behind, tmp_path):
     real, other = tmp_path / 'a/b/c', tmp_path / 'd'
